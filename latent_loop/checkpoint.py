@@ -1,0 +1,91 @@
+"""All of Orbax: asynchronous saves of the whole train state, and exact restores.
+
+A step folder holds `state` (arrays) and `meta` (JSON): the sealed config, the data fingerprint and the
+shape and dtype of every array, since Orbax casts a wrong dtype without a word.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from latent_loop.config import CheckpointConfig
+from latent_loop.errors import BadInput
+
+FORMAT = 1  # 1: first
+
+
+class Checkpoints:
+  """The checkpoints of one workdir. Close it: a save may still be under way."""
+
+  def __init__(self, workdir: Path, cfg: CheckpointConfig):
+    self._cfg = cfg
+    keep = ocp.training.preservation_policies
+    policies = [keep.LatestN(cfg.keep_last)]
+    if cfg.keep_every_steps:
+      policies.append(keep.EveryNSteps(cfg.keep_every_steps))
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
+    options = ocp.options.CheckpointablesOptions(registry=registry)
+    self.directory = (workdir / 'checkpoints').absolute()
+    self._orbax = ocp.training.Checkpointer(
+      str(self.directory),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=keep.AnyPreservationPolicy(policies),
+      context=ocp.Context(checkpointables_options=options),
+      cleanup_tmp_directories=True,
+    )
+
+  def latest_step(self) -> int | None:
+    latest = self._orbax.latest
+    return None if latest is None else latest.step
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Starts a save and returns; an earlier save's failure is raised here or in close()."""
+    meta = {'format': FORMAT, 'step': step, 'arrays': describe(state), **meta}
+    self._orbax.save_checkpointables_async(step, {'state': state, 'meta': meta})
+
+  def restore(self, step: int, shapes: Any, specs: Any, fingerprint: str | None) -> Any:
+    """The train state at `step`, laid out by `specs`.
+
+    Raises BadInput when its arrays or its data are not those of this run: names the first difference.
+    """
+    path = self.directory / str(step)
+    meta = self._load(step, {'meta': None})['meta']
+    stored, wanted = meta['arrays'], describe(shapes)
+    for name in sorted(stored.keys() | wanted.keys()):
+      here, there = wanted.get(name, 'absent'), stored.get(name, 'absent')
+      if here != there:
+        raise BadInput(
+          f'{path}: array {name} is {there} in the checkpoint and {here} in this config; '
+          'continue with the config of the run, or start a new workdir'
+        )
+    if fingerprint is not None and meta['data_fingerprint'] != fingerprint:
+      raise BadInput(
+        f'{path}: the data changed since the run began (fingerprint {meta["data_fingerprint"]} then, {fingerprint} '
+        'now), so it cannot continue exactly; restore the data and the Python version, or start a new workdir'
+      )
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, specs)
+    return self._load(step, {'state': target})['state']
+
+  def _load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+    try:
+      return self._orbax.load_checkpointables(step, target)
+    except (ocp.errors.InvalidLayoutError, FileNotFoundError, KeyError, ValueError) as error:
+      path = self.directory / str(step)
+      raise BadInput(
+        f'{path}: unreadable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); '
+        'move this folder away and start again to use the one before it'
+      ) from error
+
+  def close(self) -> None:
+    """Waits for the save under way; raises if it failed."""
+    self._orbax.close()
+
+
+def describe(tree: Any) -> dict[str, str]:
+  """path -> 'float32[128,384]' for every array of `tree`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return {name(path): f'{leaf.dtype}{list(leaf.shape)}'.replace(' ', '') for path, leaf in leaves}

@@ -1,0 +1,359 @@
+"""Configuration: frozen dataclasses hold the only defaults; people edit a ConfigDict view of them.
+
+    dataclass --view()--> ConfigDict, edited by experiments/*.py and --config.a.b=value
+              <--seal()-- checked: unknown, missing or mistyped values are refused, by path
+
+A sealed config validates itself and never changes; derived values are properties.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+from latent_loop.errors import BadInput
+
+
+def _require(condition: bool, sentence: str) -> None:
+  if not condition:
+    raise BadInput(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+  """The architecture (arXiv 2502.05171 section 3; Parcae's variants from arXiv 2604.12946)."""
+
+  vocab_size: int = 264  # 256 bytes + 8 special tokens
+  width: int = 128
+  num_heads: int = 4
+  mlp_dim: int = 384
+  num_prelude_layers: int = 1
+  num_core_layers: int = 2
+  num_coda_layers: int = 1
+  block: Literal['sandwich', 'pre_norm'] = 'sandwich'
+  mlp: Literal['gated_silu', 'relu_squared'] = 'gated_silu'
+  qk_bias: bool = True
+  qk_norm: bool = False  # parameter-free RMS norm of queries and keys after rotary
+  injection: Literal['linear', 'add', 'diagonal'] = 'linear'
+  prelude_norm: bool = False  # RMS norm between the prelude and the loop
+  core_exit: Literal['final_norm', 'projection'] = 'final_norm'  # what stands between loop and coda
+  init: Literal['takase', 'scaled_zero'] = 'takase'
+  scale_embedding: bool = True  # multiply token embeddings by sqrt(width)
+  state_init: Literal['truncated_normal', 'zero'] = 'truncated_normal'
+  norm_eps: float = 1e-6
+  rope_base: float = 50_000.0
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  attention: Literal['auto', 'xla', 'cudnn'] = 'auto'
+  remat: Literal['none', 'iteration', 'block'] = 'iteration'
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers'):
+      value = vars(self)[name]
+      _require(value >= 1, f'config.model.{name}={value} is below 1; give a positive number')
+    for name in ('num_prelude_layers', 'num_coda_layers'):
+      value = vars(self)[name]
+      _require(value >= 0, f'config.model.{name}={value} is negative; give 0 or more')
+    _require(
+      self.width % (2 * self.num_heads) == 0,
+      f'config.model.width={self.width} with num_heads={self.num_heads}: rotary embedding needs an '
+      f'even width per head; use a width that is a multiple of {2 * self.num_heads}',
+    )
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+  """How many times the core is applied: the law it is drawn from in training, and its mean."""
+
+  kind: Literal['poisson_lognormal', 'poisson', 'uniform', 'fixed'] = 'poisson_lognormal'
+  mean: int = 8
+  sigma: float = 0.5  # of the log-normal rate; read by poisson_lognormal only
+  backprop_depth: int = 4  # k: the last iterations, which carry gradient
+  curriculum: Literal['none', 'linear', 'one_minus_sqrt'] = 'none'
+  curriculum_steps: int = 0  # the law's mean and k grow to their full values over these steps
+
+  def __post_init__(self):
+    _require(self.mean >= 1, f'config.depth.mean={self.mean} is below 1; the core runs at least once')
+    _require(
+      1 <= self.backprop_depth <= self.mean,
+      f'config.depth.backprop_depth={self.backprop_depth} must lie between 1 and '
+      f'config.depth.mean={self.mean}; lower it or raise the mean',
+    )
+    _require(self.sigma > 0, f'config.depth.sigma={self.sigma} must be positive; the paper uses 0.5')
+    _require(
+      (self.curriculum == 'none') == (self.curriculum_steps == 0) and self.curriculum_steps >= 0,
+      f'config.depth.curriculum={self.curriculum!r} does not fit curriculum_steps='
+      f'{self.curriculum_steps}; set both, or neither',
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where rows of tokens come from. Difficulty is read by the synthetic tasks only."""
+
+  source: str = 'embedded_text'
+  seq_len: int = 256
+  min_difficulty: int = 1
+  max_difficulty: int = 8
+  validation_fraction: float = 0.05
+
+  def __post_init__(self):
+    _require(self.seq_len >= 2, f'config.data.seq_len={self.seq_len} is below 2; no next token to predict')
+    _require(
+      1 <= self.min_difficulty <= self.max_difficulty,
+      f'config.data.min_difficulty={self.min_difficulty} and max_difficulty={self.max_difficulty} '
+      'must satisfy 1 <= min <= max',
+    )
+    _require(
+      0 < self.validation_fraction < 1,
+      f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+  """Optimizer and learning-rate schedule. Warm-up and cooldown: in steps, or as a fraction of the run."""
+
+  kind: Literal['adamw', 'adam_atan2', 'muon'] = 'adamw'
+  learning_rate: float = 2e-3
+  adam_learning_rate: float | None = None  # muon only: for what Muon does not handle; None = the same
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  no_decay: tuple[str, ...] = (r'/scale$', r'/bias$', r'injection/(log_a|dt_bias|b)$', r'core_exit/kernel$')
+  clip_norm: float | None = 1.0
+  muon_momentum: float = 0.95
+  warmup_steps: int = 0
+  warmup_fraction: float = 0.0
+  cooldown_steps: int = 0
+  cooldown_fraction: float = 0.0
+  final_lr_fraction: float = 0.0
+  ema_decay: float | None = None  # of the parameters; None = no average is kept
+
+  def __post_init__(self):
+    rate = self.learning_rate
+    _require(rate > 0, f'config.optim.learning_rate={rate} must be positive')
+    for name, steps, fraction in (
+      ('warmup', self.warmup_steps, self.warmup_fraction),
+      ('cooldown', self.cooldown_steps, self.cooldown_fraction),
+    ):
+      _require(
+        steps >= 0 and 0 <= fraction <= 1 and not (steps and fraction),
+        f'config.optim.{name}_steps={steps} and {name}_fraction={fraction}: give one of them, '
+        'steps from 0 or a fraction from 0 to 1',
+      )
+    for name, value in (('b1', self.b1), ('b2', self.b2), ('ema_decay', self.ema_decay or 0.0)):
+      _require(0 <= value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
+    clip = self.clip_norm
+    _require(clip is None or clip > 0, f'config.optim.clip_norm={clip} must be positive, or None for no clipping')
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  """The run: how long, how much per step, and how the loss is computed."""
+
+  num_steps: int = 1000
+  batch_size: int = 8  # global, in sequences
+  num_microbatches: int = 1  # gradient accumulation; one depth serves all of them
+  loss_chunk: int = 256  # positions whose logits exist at the same time
+  z_loss: float = 0.0
+
+  def __post_init__(self):
+    for name in ('num_steps', 'batch_size', 'num_microbatches', 'loss_chunk'):
+      value = vars(self)[name]
+      _require(value >= 1, f'config.train.{name}={value} is below 1; give a positive number')
+    _require(
+      self.batch_size % self.num_microbatches == 0,
+      f'config.train.batch_size={self.batch_size} does not divide into num_microbatches='
+      f'{self.num_microbatches}; use a multiple',
+    )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """Devices per mesh axis; -1 takes the devices that are left."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    _require(
+      all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
+      f'config.mesh has sizes {dataclasses.asdict(self)}; each is at least 1, and one may be -1',
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save the train state, and which saves to keep."""
+
+  every_steps: int = 200
+  keep_last: int = 2
+  keep_every_steps: int | None = None  # keep every p-th step for ever
+
+  def __post_init__(self):
+    _require(self.every_steps >= 1, f'config.checkpoint.every_steps={self.every_steps} is below 1')
+    _require(self.keep_last >= 1, f'config.checkpoint.keep_last={self.keep_last} is below 1')
+    every = self.keep_every_steps
+    _require(every is None or every >= 1, f'config.checkpoint.keep_every_steps={every} is below 1')
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+  """Validation during training and in the depth report."""
+
+  every_steps: int = 200
+  num_batches: int = 8  # of the training batch size
+  sample_tokens: int = 160  # length of each sample written at the end of the run; 0 = none
+
+  def __post_init__(self):
+    _require(self.every_steps >= 1, f'config.eval.every_steps={self.every_steps} is below 1')
+    _require(self.num_batches >= 1, f'config.eval.num_batches={self.num_batches} is below 1')
+    _require(self.sample_tokens >= 0, f'config.eval.sample_tokens={self.sample_tokens} is negative')
+
+
+@dataclass(frozen=True)
+class LogConfig:
+  """Where metrics go besides the console and metrics.jsonl."""
+
+  every_steps: int = 10
+  tensorboard: bool = False
+  wandb_project: str = ''  # empty = no Weights & Biases
+
+  def __post_init__(self):
+    _require(self.every_steps >= 1, f'config.log.every_steps={self.every_steps} is below 1')
+
+
+@dataclass(frozen=True)
+class Config:
+  """One experiment."""
+
+  name: str = 'unnamed'
+  seed: int = 0
+  model: ModelConfig = field(default_factory=ModelConfig)
+  depth: DepthConfig = field(default_factory=DepthConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  optim: OptimConfig = field(default_factory=OptimConfig)
+  train: TrainConfig = field(default_factory=TrainConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
+  log: LogConfig = field(default_factory=LogConfig)
+
+  def __post_init__(self):
+    chunk, seq_len = self.train.loss_chunk, self.data.seq_len
+    _require(
+      seq_len % min(chunk, seq_len) == 0,
+      f'config.train.loss_chunk={chunk} does not divide config.data.seq_len={seq_len}; use a divisor',
+    )
+    _require(0 <= self.seed < 2**31, f'config.seed={self.seed} must lie in [0, 2**31): it seeds every random draw')
+
+
+# --- view: dataclass -> ConfigDict ------------------------------------------------------------------
+
+
+def view(config: Any) -> ml_collections.ConfigDict:
+  """The editable ConfigDict of a (sealed) config: every key exists and keeps its type."""
+  hints = typing.get_type_hints(type(config))
+  out = ml_collections.ConfigDict()
+  for f in dataclasses.fields(config):
+    value = vars(config)[f.name]
+    if dataclasses.is_dataclass(value):
+      out[f.name] = view(value)
+    elif type(None) in typing.get_args(hints[f.name]):
+      concrete = next(t for t in typing.get_args(hints[f.name]) if t is not type(None))
+      out[f.name] = config_dict.placeholder(concrete)  # a plain None would lose the type
+      out[f.name] = value
+    else:
+      out[f.name] = value
+  return out
+
+
+# --- seal: ConfigDict or dict -> dataclass ----------------------------------------------------------
+
+
+def seal(values: Any, cls: type = Config, path: str = 'config') -> Any:
+  """The frozen, validated `cls` that `values` (ConfigDict or plain dict) describes.
+
+  Raises BadInput, naming the path, for unknown keys, missing keys and values of the wrong type.
+  """
+  hints = typing.get_type_hints(cls)
+  given = dict(values.items())
+  for name in given:
+    if name not in hints:
+      near = difflib.get_close_matches(name, hints, n=1)
+      hint = f"did you mean '{near[0]}'?" if near else f'the keys here are: {", ".join(hints)}'
+      raise BadInput(f'{path}.{name}: unknown key; {hint}')
+  missing = [name for name in hints if name not in given]
+  if missing:
+    raise BadInput(f'{path}.{missing[0]}: missing; start from latent_loop.config.view(Config()), which has every key')
+  return cls(**{name: _seal_value(given[name], hints[name], f'{path}.{name}') for name in hints})
+
+
+def _seal_value(value: Any, hint: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    _require(hasattr(value, 'items'), f'{path}={value!r}: not a group of keys; edit its fields instead')
+    return seal(value, hint, path)
+  if typing.get_origin(hint) is Literal:
+    choices = typing.get_args(hint)
+    _require(value in choices, f'{path}={value!r}: not known; choose one of {", ".join(choices)}')
+    return value
+  if typing.get_origin(hint) is types.UnionType:
+    if value is None:
+      return None
+    hint = next(t for t in typing.get_args(hint) if t is not type(None))
+  if typing.get_origin(hint) is tuple:
+    _require(isinstance(value, (tuple, list)), f'{path}={value!r}: not a tuple; write it as (a, b)')
+    return tuple(_seal_value(v, typing.get_args(hint)[0], f'{path}[{i}]') for i, v in enumerate(value))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  _require(type(value) is hint, f'{path}={value!r}: a {type(value).__name__}; the rule is {hint.__name__}, give one')
+  return value
+
+
+# --- sealed configs as text --------------------------------------------------------------------------
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str, path: str) -> Config:
+  """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise BadInput(f'{path}: not a JSON file ({error}); restore it from a backup or start a new workdir') from error
+  return seal(values)
+
+
+def fingerprint(config: Config) -> str:
+  """A short hash that two configs share only when every value is equal."""
+  return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+  """Dotted path -> (old, new) for every value that differs."""
+
+  def flat(values, prefix):
+    for key, value in values.items():
+      if isinstance(value, dict):
+        yield from flat(value, f'{prefix}{key}.')
+      else:
+        yield f'{prefix}{key}', value
+
+  a, b = dict(flat(dataclasses.asdict(old), '')), dict(flat(dataclasses.asdict(new), ''))
+  return {key: (a[key], b[key]) for key in a if a[key] != b[key]}

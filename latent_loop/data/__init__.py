@@ -1,0 +1,51 @@
+"""Data: `make_source(cfg) -> Source`, and `Batches`, which turns its rows into batch(step).
+
+A new source is one file with a class and one line in SOURCES.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+from latent_loop.config import Config, DataConfig
+from latent_loop.data import tasks
+from latent_loop.data.embedded_text import EmbeddedText
+from latent_loop.data.packing import Row
+from latent_loop.errors import BadInput
+
+
+class Rows(Protocol):
+  """Random access to the rows of a split."""
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> Row: ...
+
+
+class Source(Protocol):
+  """vocab_size: the smallest model vocabulary that fits. fingerprint: changes when any row would."""
+
+  vocab_size: int
+  chance_accuracy: float | None
+  fingerprint: str
+
+  def rows(self, split: str) -> Rows: ...
+  def prompts(self) -> list[str]: ...
+
+
+SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
+  'embedded_text': EmbeddedText,
+  **{name: functools.partial(tasks.Task, name) for name in tasks.TASKS},
+}
+
+
+def make_source(config: Config) -> Source:
+  """The source that config.data names; raises BadInput when it is unknown or its tokens do not fit the model."""
+  if config.data.source not in SOURCES:
+    raise BadInput(f'config.data.source={config.data.source!r}: not known; choose one of {", ".join(SOURCES)}')
+  source = SOURCES[config.data.source](config.data, config.seed)
+  if config.model.vocab_size < source.vocab_size:
+    raise BadInput(
+      f'config.model.vocab_size={config.model.vocab_size} is smaller than the {source.vocab_size} token ids of '
+      f'{config.data.source}; raise it to at least that'
+    )
+  return source

@@ -1,0 +1,34 @@
+"""Documents to rows: segment ids, positions that restart, and weights that stop at document borders."""
+
+import numpy as np
+
+from latent_loop.batch import Batch
+from latent_loop.data.tokenizer import BOS, PAD
+
+Row = dict[str, np.ndarray]  # the fields of Batch, each [T]
+
+
+def window_to_row(window: np.ndarray, weights: np.ndarray | None = None) -> Row:
+  """T + 1 consecutive tokens of concatenated documents (each begins with BOS) as one training row.
+
+  The row may begin inside a document. `weights` (T + 1) says how much predicting each token counts,
+  default 1. A BOS is never a target: what comes before it belongs to another document.
+  """
+  starts = window == BOS
+  segment_ids = np.cumsum(starts) + (0 if starts[0] else 1)
+  index = np.arange(len(window))
+  begin = np.maximum.accumulate(np.where(starts, index, 0))
+  padding = window == PAD
+  counts = ~starts & ~padding
+  weights = counts.astype(np.float32) if weights is None else weights * counts
+  return {
+    'tokens_BT': window[:-1].astype(np.int32),
+    'targets_BT': window[1:].astype(np.int32),
+    'weights_BT': weights[1:].astype(np.float32),
+    'positions_BT': (index - begin)[:-1].astype(np.int32),
+    'segment_ids_BT': np.where(padding, 0, segment_ids)[:-1].astype(np.int32),
+  }
+
+
+def stack(rows: list[Row]) -> Batch:
+  return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})

@@ -1,0 +1,149 @@
+"""Synthetic tasks with a known answer whose difficulty is a number: what thinking longer should help with.
+
+An instance is a list of (text, is_answer) pieces; only answer bytes are predicted. `key` is the part
+that decides the answer: a hash of it assigns the instance to train or validation, so no validation key
+is ever trained on. Row i of a split is a pure function of (seed, split, i).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from latent_loop.config import DataConfig
+from latent_loop.data import tokenizer
+from latent_loop.data.packing import Row, window_to_row
+from latent_loop.errors import BadInput
+
+_LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+_SPLITS = {'train': 0, 'validation': 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+  key: str
+  pieces: tuple[tuple[str, bool], ...]
+
+  @property
+  def text(self) -> str:
+    return ''.join(text for text, _ in self.pieces)
+
+
+def addition(rng: np.random.Generator, difficulty: int) -> Instance:
+  """Two numbers of `difficulty` digits; the sum is written lowest digit first, as carries run."""
+  a, b = (int(rng.integers(10 ** (difficulty - 1), 10**difficulty)) for _ in range(2))
+  answer = str(a + b)[::-1]
+  return Instance(f'{a}+{b}', ((f'{a}+{b}=', False), (answer, True)))
+
+
+def prefix_sum(rng: np.random.Generator, difficulty: int) -> Instance:
+  """The parity of 4 + `difficulty` bits."""
+  bits = rng.integers(0, 2, 4 + difficulty)
+  question = ''.join(map(str, bits))
+  return Instance(question, ((question + '=', False), (str(bits.sum() % 2), True)))
+
+
+def pointer_chasing(rng: np.random.Generator, difficulty: int) -> Instance:
+  """A map on 8 letters, then four questions: where does a letter lead after `difficulty` hops?"""
+  count = 8
+  image = rng.permutation(count)
+  table = ''.join(_LETTERS[i] + _LETTERS[image[i]] for i in rng.permutation(count))
+  pieces = [(table, False)]
+  for start in rng.permutation(count)[:4]:
+    place = start
+    for _ in range(difficulty):
+      place = image[place]
+    pieces += [(f' {difficulty}{_LETTERS[start]}', False), (_LETTERS[place], True)]
+  return Instance(''.join(_LETTERS[i] for i in image), tuple(pieces))
+
+
+def permutation_composition(rng: np.random.Generator, difficulty: int) -> Instance:
+  """`difficulty` + 1 permutations of 3 letters, applied in turn to abc; the answer is the last arrangement."""
+  permutations = [rng.permutation(3) for _ in range(difficulty + 1)]
+  arrangement = np.arange(3)
+  for p in permutations:
+    arrangement = arrangement[p]
+  question = ' '.join(''.join(map(str, p)) for p in permutations)
+  return Instance(question, ((question + '=', False), (''.join(_LETTERS[i] for i in arrangement), True)))
+
+
+# name -> (generator, accuracy of an answer byte guessed among the possible ones)
+TASKS: dict[str, tuple[Callable[[np.random.Generator, int], Instance], float]] = {
+  'addition': (addition, 1 / 10),
+  'prefix_sum': (prefix_sum, 1 / 2),
+  'pointer_chasing': (pointer_chasing, 1 / 8),
+  'permutation_composition': (permutation_composition, 1 / 3),
+}
+
+
+class TaskRows:
+  """Endless rows of packed instances of one split; random access."""
+
+  def __init__(self, name: str, cfg: DataConfig, seed: int, split: str):
+    self._generate, self._name, self._cfg, self._seed, self._split = TASKS[name][0], name, cfg, seed, split
+
+  def __len__(self) -> int:
+    return 2**30
+
+  def __getitem__(self, index: int) -> Row:
+    """One row: as many whole instances as fit, then padding."""
+    rng = np.random.Generator(np.random.Philox(key=[self._seed, _SPLITS[self._split]], counter=[0, 0, 0, int(index)]))
+    size = self._cfg.seq_len + 1
+    window, weights, used = np.full(size, tokenizer.PAD, np.uint16), np.zeros(size, np.float32), 0
+    while True:
+      tokens, counts = _tokens(self.instance(rng))
+      if used + len(tokens) > size:
+        break
+      window[used : used + len(tokens)], weights[used : used + len(tokens)] = tokens, counts
+      used += len(tokens)
+    if not used:
+      raise BadInput(
+        f'config.data.seq_len={self._cfg.seq_len} is too short for one {self._name} instance of {len(tokens)} tokens '
+        f'at difficulty up to {self._cfg.max_difficulty}; raise seq_len'
+      )
+    return window_to_row(window, weights)
+
+  def instance(self, rng: np.random.Generator) -> Instance:
+    """The next instance of this split from `rng`."""
+    for _ in range(10_000):
+      difficulty = int(rng.integers(self._cfg.min_difficulty, self._cfg.max_difficulty + 1))
+      instance = self._generate(rng, difficulty)
+      if split_of(instance, self._cfg.validation_fraction) == self._split:
+        return instance
+    raise BadInput(
+      f'config.data: {self._name} at difficulty {self._cfg.min_difficulty} to {self._cfg.max_difficulty} has no '
+      f'{self._split} instance; raise max_difficulty or validation_fraction'
+    )
+
+
+def split_of(instance: Instance, validation_fraction: float) -> str:
+  digest = hashlib.blake2b(instance.key.encode(), digest_size=8).digest()
+  return 'validation' if int.from_bytes(digest, 'big') < validation_fraction * 2**64 else 'train'
+
+
+def _tokens(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
+  tokens, counts = [np.array([tokenizer.BOS], np.uint16)], [np.zeros(1, np.float32)]
+  for text, is_answer in instance.pieces:
+    tokens.append(tokenizer.encode(text))
+    counts.append(np.full(len(tokens[-1]), is_answer, np.float32))
+  return np.concatenate(tokens), np.concatenate(counts)
+
+
+class Task:
+  """One of TASKS as a data source."""
+
+  vocab_size = tokenizer.VOCAB_SIZE
+
+  def __init__(self, name: str, cfg: DataConfig, seed: int):
+    self._name, self._cfg, self._seed = name, cfg, seed
+    self.chance_accuracy = TASKS[name][1]
+    self.fingerprint = hashlib.blake2b(f'{name} {cfg} {seed}'.encode(), digest_size=16).hexdigest()
+
+  def rows(self, split: str) -> TaskRows:
+    return TaskRows(self._name, self._cfg, self._seed, split)
+
+  def prompts(self) -> list[str]:
+    """Three validation questions, without the answer to the last piece."""
+    rng, rows = np.random.default_rng(self._seed), self.rows('validation')
+    return [''.join(text for text, _ in rows.instance(rng).pieces[:-1]) for _ in range(3)]

@@ -1,0 +1,9 @@
+"""The one exception that means "the input is wrong, not the program"."""
+
+
+class BadInput(ValueError):
+  """A user gave something that cannot work: a config, flag, file, checkpoint or prompt.
+
+  The message is one sentence or two with the path, the value, the rule and the remedy. The programs
+  in launch/ print it and end with exit code 2; anything else that escapes is a bug (exit code 1).
+  """

@@ -1,0 +1,1 @@
+"""Evaluations: what a trained model does as a function of depth."""

@@ -1,0 +1,1 @@
+"""Test-time use of a trained model."""

@@ -1,0 +1,234 @@
+"""The training loop: restore, then batch, step, log, save, evaluate; the only stateful file."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from latent_loop import data, trained
+from latent_loop.checkpoint import Checkpoints
+from latent_loop.config import Config
+from latent_loop.data.pipeline import Batches
+from latent_loop.evals import depth as depth_eval
+from latent_loop.interrupt import StopRequest
+from latent_loop.metrics import make_writers
+from latent_loop.model import Model, build, cost
+from latent_loop.optim import make_optimizer
+from latent_loop.parallel import sharding
+from latent_loop.step import TrainState, make_sharded_state, make_train_step
+from latent_loop.workdir import open_workdir
+
+DONE, PREEMPTED, NON_FINITE = 0, 10, 11  # exit codes
+
+
+@dataclasses.dataclass
+class Run:
+  """What a run needs at every step; made once by `prepare`."""
+
+  config: Config
+  workdir: Path
+  mesh: Any
+  model: Model
+  source: data.Source
+  batches: Batches
+  train_step: Callable
+  checkpoints: Checkpoints
+  state: TrainState
+  start: int  # the step to do next
+  fingerprint: str
+
+
+def prepare(config: Config, workdir: Path) -> Run:
+  """Everything up to the first step, with the newest checkpoint restored; raises BadInput before it writes."""
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  source = data.make_source(config)
+  batches = Batches(
+    source.rows('train'), config.seed, config.train.batch_size, jax.process_index(), jax.process_count()
+  )
+  fingerprint = f'{source.fingerprint}/{batches.order_hash()}'
+  model = build(config.model, config.depth)
+  optimizer = make_optimizer(config.optim, config.train.num_steps)
+  init, specs = make_sharded_state(config, model, optimizer, mesh)
+  open_workdir(workdir, config)
+  checkpoints = Checkpoints(workdir, config.checkpoint)
+  step = checkpoints.latest_step()
+  state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint)
+  train_step = make_train_step(config, model, optimizer, mesh, specs)
+  return Run(config, workdir, mesh, model, source, batches, train_step, checkpoints, state, step or 0, fingerprint)
+
+
+def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = None) -> int:
+  """Trains until config.train.num_steps and writes the depth report; returns the exit code.
+
+  Started again it goes on from the newest checkpoint, bit for bit as if it had never stopped.
+  """
+  this = prepare(config, workdir)
+  total = config.train.num_steps
+  if this.start:
+    say(f'{workdir}: continuing at step {this.start} of {total}')
+  if this.start >= total and (workdir / 'depth_report.json').exists():
+    say(f'{workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
+    this.checkpoints.close()
+    return DONE
+  code = train(this, profile_steps)
+  this.checkpoints.close()
+  if code == DONE:
+    finish(this)
+  return code
+
+
+def train(this: Run, profile_steps: tuple[int, int] | None) -> int:
+  """Steps from this.start to the end; returns DONE, or why it stopped early."""
+  config, key = this.config, jax.random.key(this.config.seed)
+  logger = Logger(this)
+  with StopRequest() as stop:
+    for step in range(this.start, config.train.num_steps):
+      profile(this.workdir, step, profile_steps)
+      wait_start = time.perf_counter()
+      batch = this.batches.batch(step)
+      wait_secs = time.perf_counter() - wait_start
+      this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
+      finite = logger.step(step + 1, metrics, batch.hash(), wait_secs)
+      last = step + 1 == config.train.num_steps
+      if last or stop.requested:
+        finite = logger.flush() and finite
+      if not finite:
+        return NON_FINITE
+      if last or stop.requested or (step + 1) % config.checkpoint.every_steps == 0:
+        save(this, step + 1)
+      if stop.requested and not last:
+        say(f'stopped at step {step + 1}, saved; start the same command again to continue')
+        return PREEMPTED
+      if (step + 1) % config.eval.every_steps == 0 and not last:
+        evaluate(this, step + 1)
+  logger.close()
+  return DONE
+
+
+def save(this: Run, step: int) -> None:
+  meta = {'config': dataclasses.asdict(this.config), 'data_fingerprint': this.fingerprint}
+  this.checkpoints.save(step, this.state, meta)
+
+
+def as_trained(this: Run, step: int) -> trained.Trained:
+  params = this.state.params if this.state.ema is None else this.state.ema
+  return trained.Trained(this.config, this.model, params, this.mesh, step)
+
+
+def evaluate(this: Run, step: int) -> None:
+  """Validation at depth 1, the mean and 4 times the mean; one line, and one in evals.jsonl."""
+  mean = this.config.depth.mean
+  numbers = trained.evaluate_depths(as_trained(this, step), this.source, tuple(sorted({1, mean, 4 * mean})))
+  losses = ' '.join(f'{loss:.4f} at depth {depth}' for depth, loss in numbers['loss_by_depth'].items())
+  say(f'validation at step {step}: loss {losses}')
+  with (this.workdir / 'evals.jsonl').open('a') as file:
+    file.write(json.dumps(numbers) + '\n')
+
+
+def finish(this: Run) -> None:
+  """The depth report and a few samples."""
+  done = as_trained(this, this.config.train.num_steps)
+  numbers = trained.evaluate_depths(done, this.source, depth_eval.default_depths(this.config.depth.mean))
+  paths = trained.write_depth_report(done, this.workdir, numbers)
+  if this.config.eval.sample_tokens:
+    paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
+  say('\n'.join(depth_table(numbers)))
+  say('wrote ' + ' '.join(map(str, paths)))
+
+
+def depth_table(numbers: dict[str, Any]) -> list[str]:
+  """Loss, accuracy and residual by depth as lines of text."""
+  chance = numbers['chance_accuracy']
+  lines = ['depth   loss   bits/byte  accuracy  residual' + ('' if chance is None else f'   (chance {chance:.3f})')]
+  for depth, loss in numbers['loss_by_depth'].items():
+    bits, right = numbers['bits_per_byte_by_depth'][depth], numbers['accuracy_by_depth'][depth]
+    lines.append(f'{depth:>5}  {loss:.4f}   {bits:.4f}    {right:.3f}    {numbers["residual_by_depth"][depth]:.1e}')
+  return lines
+
+
+def profile(workdir: Path, step: int, steps: tuple[int, int] | None) -> None:
+  """Traces the steps in [first, last) of `steps` with jax.profiler."""
+  if steps and step == steps[0]:
+    jax.profiler.start_trace(str(workdir / 'profile'))
+  if steps and step == steps[1]:
+    jax.profiler.stop_trace()
+    say(f'wrote the profile of steps {steps[0]} to {steps[1]} under {workdir / "profile"}')
+
+
+class Logger:
+  """Reads the metrics of a step while the next one runs, and writes them every log interval.
+
+  Reading one step late also bounds the steps in flight: more than about 32 with a collective deadlock
+  on virtual CPU devices.
+  """
+
+  def __init__(self, this: Run):
+    self._this = this
+    self._cost = cost.count(this.model, this.config.data.seq_len)
+    self._writers = make_writers(this.config.log, this.workdir, this.start) if jax.process_index() == 0 else []
+    self._pending: tuple | None = None
+    self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
+    peak = cost.peak_flops(jax.devices()[0].device_kind)
+    self._peak = peak * this.mesh.size if peak else None
+
+  def step(self, step: int, metrics: dict[str, jax.Array], batch_hash: str, wait_secs: float) -> bool:
+    """Takes this step's metrics, handles those of the step before; False when a loss was not finite."""
+    finite = self.flush()
+    self._pending = (step, metrics, batch_hash, wait_secs)
+    return finite
+
+  def flush(self) -> bool:
+    """Handles the pending step."""
+    if self._pending is None:
+      return True
+    (step, metrics, batch_hash, wait_secs), self._pending = self._pending, None
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    self._steps += 1
+    self._wait_secs += wait_secs
+    self._flops += self._cost.train(values['n'], values['k'])
+    if not math.isfinite(values['loss'] + values['grad_norm']):
+      say(
+        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]} at depth {values["n"]}+{values["k"]}, '
+        f'batch {batch_hash}: not finite; nothing was saved since. Lower config.optim.learning_rate and start again'
+      )
+      return False
+    if step % self._this.config.log.every_steps == 0 or step == self._this.config.train.num_steps:
+      self._write(step, values, batch_hash)
+    return True
+
+  def _write(self, step: int, values: dict[str, Any], batch_hash: str) -> None:
+    config = self._this.config
+    secs = time.perf_counter() - self._since
+    tokens = config.train.batch_size * config.data.seq_len
+    values['tokens_per_second'] = self._steps * tokens / secs
+    values['data_wait_seconds'] = self._wait_secs / self._steps
+    values['batch_hash'] = batch_hash
+    line = (
+      f'step {step}/{config.train.num_steps}  loss {values["loss"]:.4f}  grad {values["grad_norm"]:.2f}  '
+      f'lr {values["learning_rate"]:.2e}  depth {values["n"]}+{values["k"]}  {values["tokens_per_second"]:.0f} tok/s  '
+      f'data wait {self._wait_secs / secs:.1%}'
+    )
+    if self._peak:
+      values['mfu'] = self._flops * tokens / secs / self._peak
+      line += f'  mfu {values["mfu"]:.1%}'
+    left_secs = int((config.train.num_steps - step) * secs / self._steps)
+    say(f'{line}  {left_secs // 60}m{left_secs % 60:02d}s left')
+    for writer in self._writers:
+      writer.write(step, values)
+    self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
+
+  def close(self) -> None:
+    for writer in self._writers:
+      writer.close()
+
+
+def say(line: str) -> None:
+  """One line to the console, from process 0 alone."""
+  if jax.process_index() == 0:
+    print(line, flush=True)

@@ -1,0 +1,104 @@
+"""Averages that add up, and the writers of metrics: JSON lines always, others when asked for."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from latent_loop.config import LogConfig
+from latent_loop.errors import BadInput
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """A weighted mean that can be added to another: over chunks, microbatches, batches, devices."""
+
+  total: jax.Array
+  weight: jax.Array
+
+  @classmethod
+  def of(cls, values: jax.Array, weights: jax.Array) -> 'Mean':
+    return cls(jnp.sum(values * weights), jnp.sum(weights))
+
+  def __add__(self, other: 'Mean') -> 'Mean':
+    return Mean(self.total + other.total, self.weight + other.weight)
+
+  def value(self) -> jax.Array:
+    return self.total / jnp.maximum(self.weight, 1)
+
+
+class JsonLines:
+  """Appends one JSON object per line; after a resume, lines past the restored step are dropped."""
+
+  def __init__(self, path: Path, resume_step: int):
+    if path.exists():
+      lines = path.read_text().splitlines(keepends=True)
+      kept = [line for line in lines if _step_of(line) <= resume_step]
+      if len(kept) != len(lines):
+        path.write_text(''.join(kept))
+    self._file = path.open('a')
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except json.JSONDecodeError:
+    return float('inf')  # the half line of a killed process
+
+
+class TensorBoard:
+  """Numbers as TensorBoard scalars, through tensorboardX (no TensorFlow)."""
+
+  def __init__(self, workdir: Path):
+    import tensorboardX  # only when asked for
+
+    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WeightsAndBiases:
+  """The same numbers to a Weights & Biases project; one run per workdir, continued on resume."""
+
+  def __init__(self, workdir: Path, project: str):
+    try:
+      import wandb
+    except ImportError as error:
+      raise BadInput(
+        f'config.log.wandb_project={project!r}: the package wandb is not installed; '
+        'pip install -r launch/requirements/wandb.txt, or leave the project empty'
+      ) from error
+    self._run = wandb.init(project=project, dir=str(workdir), id=workdir.name, resume='allow')
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self._run.log(values, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def make_writers(cfg: LogConfig, workdir: Path, resume_step: int) -> list:
+  """The writers that `cfg` asks for; each has write(step, values) and close()."""
+  writers: list = [JsonLines(workdir / 'metrics.jsonl', resume_step)]
+  if cfg.tensorboard:
+    writers.append(TensorBoard(workdir))
+  if cfg.wandb_project:
+    writers.append(WeightsAndBiases(workdir, cfg.wandb_project))
+  return writers

@@ -1,0 +1,89 @@
+"""What a model costs: parameters by part, FLOPs per token as functions of depth.
+
+Convention: two FLOPs per multiply-add of a matrix product; attention counted over the full T x T square,
+not its causal half; norms, activations, softmax and the optimizer are not counted; a lookup is free.
+`train` is what the mathematics needs (forward and backward); `recompute` is what rematerialization adds.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from latent_loop.model import Model
+from latent_loop.parallel.sharding import path_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Parameters by part, and FLOPs per token for rows of seq_len tokens."""
+
+  parameters: dict[str, int]
+  outer: int  # forward FLOPs of prelude, coda and what stands between loop and coda
+  core: int  # forward FLOPs of one iteration
+  head: int  # forward FLOPs of the logits
+  remat: str
+  outer_blocks: int  # forward FLOPs of the prelude's and coda's blocks alone
+  core_blocks: int  # forward FLOPs of one iteration's blocks, without the injection
+
+  @property
+  def total_parameters(self) -> int:
+    return sum(self.parameters.values())
+
+  def forward(self, depth: float) -> float:
+    return self.outer + self.head + self.core * depth
+
+  def train(self, n: float, k: float) -> float:
+    """Forward and backward; the n iterations without gradient run forward only."""
+    return 3 * (self.outer + self.head) + self.core * (n + 3 * k)
+
+  def recompute(self, k: float) -> float:
+    """What the backward pass computes again: the logits always, blocks or iterations by config.model.remat."""
+    again = {'none': 0, 'iteration': self.core * k, 'block': self.outer_blocks + self.core_blocks * k}
+    return self.head + again[self.remat]
+
+
+def count(model: Model, seq_len: int) -> Cost:
+  """The cost of `model`, from the shapes of its parameters; allocates nothing."""
+  cfg = model.cfg
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  parameters: dict[str, int] = {}
+  matrices: dict[str, int] = {}
+  for keypath, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    path, size = path_of(keypath), math.prod(leaf.shape)
+    part = path.split('/')[0]
+    parameters[part] = parameters.get(part, 0) + size
+    if path.endswith('/kernel') or path == 'injection/b':
+      matrices[part] = matrices.get(part, 0) + size
+  attention = 4 * seq_len * cfg.width  # scores and weighted values of one layer
+  blocks = lambda part, layers: 2 * matrices.get(part, 0) + layers * attention
+  outer = blocks('prelude', cfg.num_prelude_layers) + blocks('coda', cfg.num_coda_layers)
+  core = blocks('core', cfg.num_core_layers)
+  return Cost(
+    parameters=parameters,
+    outer=outer + 2 * matrices.get('core_exit', 0),
+    core=core + 2 * matrices.get('injection', 0),
+    head=2 * parameters['embed'],
+    remat=cfg.remat,
+    outer_blocks=outer,
+    core_blocks=core,
+  )
+
+
+# Peak dense bfloat16 FLOP/s per device, from the makers' data sheets.
+_PEAKS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """The known peak of one device, or None: model-FLOPs utilization is then not reported."""
+  hits = [peak for name, peak in _PEAKS.items() if device_kind.startswith(name)]
+  return hits[0] if hits else None

@@ -1,0 +1,180 @@
+"""The parts of a transformer block, declared with NNX; every array is an argument or a Param.
+
+Params are named for what they are (`kernel`, `bias`, `scale`): sharding rules and weight-decay groups
+go by these paths. Kernels and biases are cast to the compute dtype by the caller, scales are not.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from latent_loop.config import ModelConfig
+from latent_loop.model import initializers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What attention must know about the rows of a batch.
+
+  positions_BT: place of each token in its document, from 0.
+  segment_ids_BT: tokens see only tokens of the same segment; 0 marks padding. None: a row is one document.
+  """
+
+  positions_BT: jax.Array
+  segment_ids_BT: jax.Array | None
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) over the last axis, in float32 whatever the dtype of x."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm with a learned scale."""
+
+  def __init__(self, width: int, eps: float):
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    self.eps = eps
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return (rms_norm(x_BTD, self.eps) * self.scale[...][None, None, :]).astype(x_BTD.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+  """Rotary embedding of pairs (i, i + H/2), in float32.
+
+  The reference rotates interleaved pairs (2i, 2i + 1); interop/ permutes query and key weights between
+  the two layouts, which leaves every attention score the same. Halves avoid a minor axis of size 2.
+  """
+  half = x_BTNH.shape[-1] // 2
+  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :]
+  cos, sin = jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows, kind: str) -> jax.Array:
+  """Causal attention inside segments; the one place that chooses an implementation.
+
+  kind 'auto' means cuDNN's fused kernel on a GPU in bfloat16, XLA everywhere else.
+  """
+  if kind == 'auto':
+    fused = jax.default_backend() == 'gpu' and q_BTNH.dtype == jnp.bfloat16
+    kind = 'cudnn' if fused else 'xla'
+  mask = None
+  if rows.segment_ids_BT is not None:
+    ids = rows.segment_ids_BT
+    mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+  return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask=mask, is_causal=True, implementation=kind)
+
+
+class Projection(nnx.Module):
+  """A linear map without bias: einsum of the input with `kernel`."""
+
+  def __init__(self, shape: tuple[int, ...], init: initializers.Init, key: jax.Array):
+    self.kernel = nnx.Param(init(key, shape))
+
+  def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, self.kernel[...])
+
+
+class BiasedProjection(Projection):
+  """A projection to heads with an optional bias, zero at the start."""
+
+  def __init__(self, shape: tuple[int, ...], init: initializers.Init, key: jax.Array, biased: bool):
+    super().__init__(shape, init, key)
+    self.bias = nnx.Param(jnp.zeros(shape[1:], jnp.float32)) if biased else None
+
+  def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+    y = super().__call__(equation, x)
+    return y if self.bias is None else y + self.bias[...][None, None]
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with rotary positions and an optional bias on queries and keys."""
+
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
+    q_key, k_key, v_key, out_key = jax.random.split(key, 4)
+    D, N, H = cfg.width, cfg.num_heads, cfg.head_dim
+    self.q = BiasedProjection((D, N, H), inits.inner, q_key, cfg.qk_bias)
+    self.k = BiasedProjection((D, N, H), inits.inner, k_key, cfg.qk_bias)
+    self.v = Projection((D, N, H), inits.inner, v_key)
+    self.out = Projection((N, H, D), inits.out, out_key)
+    self.cfg = cfg
+
+  def __call__(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    cfg = self.cfg
+    q_BTNH = rotate(self.q('BTD,DNH->BTNH', x_BTD), rows.positions_BT, cfg.rope_base)
+    k_BTNH = rotate(self.k('BTD,DNH->BTNH', x_BTD), rows.positions_BT, cfg.rope_base)
+    if cfg.qk_norm:
+      q_BTNH = rms_norm(q_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
+      k_BTNH = rms_norm(k_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
+    v_BTNH = self.v('BTD,DNH->BTNH', x_BTD)
+    return self.out('BTNH,NHD->BTD', attend(q_BTNH, k_BTNH, v_BTNH, rows, cfg.attention))
+
+
+class GatedMLP(nnx.Module):
+  """down(silu(gate x) * up x), the Huginn MLP."""
+
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
+    gate_key, up_key, down_key = jax.random.split(key, 3)
+    self.gate = Projection((cfg.width, cfg.mlp_dim), inits.inner, gate_key)
+    self.up = Projection((cfg.width, cfg.mlp_dim), inits.inner, up_key)
+    self.down = Projection((cfg.mlp_dim, cfg.width), inits.out, down_key)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    h_BTF = jax.nn.silu(self.gate('BTD,DF->BTF', x_BTD)) * self.up('BTD,DF->BTF', x_BTD)
+    return self.down('BTF,FD->BTD', h_BTF)
+
+
+class SquaredReluMLP(nnx.Module):
+  """down(relu(up x)^2 / 2), Parcae's MLP."""
+
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
+    up_key, down_key = jax.random.split(key)
+    self.up = Projection((cfg.width, cfg.mlp_dim), inits.inner, up_key)
+    self.down = Projection((cfg.mlp_dim, cfg.width), inits.out, down_key)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    h_BTF = 0.5 * jnp.square(jax.nn.relu(self.up('BTD,DF->BTF', x_BTD)))
+    return self.down('BTF,FD->BTD', h_BTF)
+
+
+MLPS = {'gated_silu': GatedMLP, 'relu_squared': SquaredReluMLP}
+
+
+class SandwichBlock(nnx.Module):
+  """x <- norm_2(x + attn(norm_1 x)); x <- norm_4(x + mlp(norm_3 x)) (2502.05171 section 3.2)."""
+
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
+    attn_key, mlp_key = jax.random.split(key)
+    self.norm_1, self.norm_2 = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
+    self.norm_3, self.norm_4 = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
+    self.attn = Attention(cfg, inits, attn_key)
+    self.mlp = MLPS[cfg.mlp](cfg, inits, mlp_key)
+
+  def __call__(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    x_BTD = self.norm_2(x_BTD + self.attn(self.norm_1(x_BTD), rows))
+    return self.norm_4(x_BTD + self.mlp(self.norm_3(x_BTD)))
+
+
+class PreNormBlock(nnx.Module):
+  """x <- x + attn(norm_1 x); x <- x + mlp(norm_2 x), the block of Parcae and most decoders."""
+
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
+    attn_key, mlp_key = jax.random.split(key)
+    self.norm_1, self.norm_2 = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
+    self.attn = Attention(cfg, inits, attn_key)
+    self.mlp = MLPS[cfg.mlp](cfg, inits, mlp_key)
+
+  def __call__(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    x_BTD = x_BTD + self.attn(self.norm_1(x_BTD), rows)
+    return x_BTD + self.mlp(self.norm_2(x_BTD))
+
+
+BLOCKS = {'sandwich': SandwichBlock, 'pre_norm': PreNormBlock}

@@ -1,0 +1,1 @@
+"""Devices: the mesh, and which axis of which array goes where."""

@@ -1,0 +1,104 @@
+"""The depth report of a run: one self-contained HTML page, one PNG, and the same numbers as JSON."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')  # files only: no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+COLUMNS = (
+  ('loss_by_depth', 'loss, nats per token', '.4f'),
+  ('bits_per_byte_by_depth', 'bits per byte', '.4f'),
+  ('accuracy_by_depth', 'accuracy', '.3f'),
+  ('residual_by_depth', 'residual', '.2e'),
+  ('kl_to_deepest_by_depth', 'KL to deepest', '.2e'),
+  ('token_correlation_by_depth', 'token correlation', '.3f'),
+)
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+  """The logged steps of metrics.jsonl; a half-written last line is passed over."""
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return records
+
+
+def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
+  """Writes depth_report.{html,png,json} and returns their paths."""
+  figure = _draw(numbers, curve)
+  png = io.BytesIO()
+  figure.savefig(png, format='png', dpi=110)
+  plt.close(figure)
+  paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
+  paths[0].write_text(_page(name, numbers, png.getvalue()))
+  paths[1].write_bytes(png.getvalue())
+  paths[2].write_text(json.dumps(numbers, indent=2) + '\n')
+  return paths
+
+
+def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Figure:
+  figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout='constrained')
+  mean = numbers['mean_depth']
+  is_task = numbers['chance_accuracy'] is not None
+  key, label = ('accuracy_by_depth', 'accuracy') if is_task else ('loss_by_depth', 'validation loss, nats per token')
+  _by_depth(axes[0, 0], numbers[key], mean, label)
+  if is_task:
+    axes[0, 0].axhline(numbers['chance_accuracy'], color='gray', linestyle=':', label='chance')
+    axes[0, 0].set_ylim(0, 1.02)
+  axes[0, 0].legend()
+  _by_depth(axes[0, 1], numbers['residual_by_depth'], mean, 'residual |s_r - s_(r-1)| / |s_r|')
+  axes[0, 1].set_yscale('log')
+  steps = [record['step'] for record in curve]
+  axes[1, 0].plot(steps, [record['loss'] for record in curve], linewidth=0.8)
+  axes[1, 0].set(xlabel='step', ylabel='training loss, nats per token', title='training curve')
+  depths = [record['n'] + record['k'] for record in curve]
+  axes[1, 1].hist(depths, bins=range(1, max(depths, default=1) + 2), align='left', rwidth=0.9)
+  axes[1, 1].set(xlabel='iterations n + k', ylabel='logged steps', title='depths drawn')
+  return figure
+
+
+def _by_depth(axes: Axes, values: dict[str, float], mean: int, label: str) -> None:
+  depths = [int(depth) for depth in values]
+  axes.plot(depths, list(values.values()), marker='o')
+  axes.axvline(mean, color='tab:orange', linestyle='--', linewidth=1, label=f'mean depth {mean}')
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(depths, [str(depth) for depth in depths])
+  axes.set(xlabel='test-time depth', ylabel=label, title=label)
+
+
+def _page(name: str, numbers: dict[str, Any], png: bytes) -> str:
+  depths = list(numbers['loss_by_depth'])
+  header = ''.join(f'<th>{html.escape(title)}</th>' for _, title, _ in COLUMNS)
+  rows = ''.join(
+    f'<tr><td>{depth}</td>' + ''.join(f'<td>{numbers[key][depth]:{form}}</td>' for key, _, form in COLUMNS) + '</tr>'
+    for depth in depths
+  )
+  chance = numbers['chance_accuracy']
+  note = '' if chance is None else f' Guessing would be right {chance:.1%} of the time.'
+  image = base64.b64encode(png).decode()
+  return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: depth report</title>
+<style>body{{font:16px system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;width:100%}}td,th{{padding:.3rem .6rem;border-bottom:1px solid #ccc;text-align:right}}
+img{{width:100%}}</style></head><body>
+<h1>{html.escape(name)}: what depth buys</h1>
+<p>Validation data, step {numbers['step']}. One model, read at several test-time depths in one unroll; the mean
+depth in training was {numbers['mean_depth']}.{note}</p>
+<img alt="loss, residual, training curve and drawn depths" src="data:image/png;base64,{image}">
+<table><tr><th>depth</th>{header}</tr>{rows}</table>
+<p>Residual: how much the last iteration still moved the raw state, relative to its length. KL to deepest: how far the
+prediction is from the one at the deepest depth here. Token correlation near 1 means collapsed states.</p>
+</body></html>
+"""

@@ -1,0 +1,133 @@
+"""One training step: (state, batch, key) -> (state, metrics). Nothing it does depends on anything else."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from latent_loop.batch import Batch
+from latent_loop.config import Config, TrainConfig
+from latent_loop.metrics import Mean
+from latent_loop.model import Model, Params, depth
+from latent_loop.model.layers import Rows
+from latent_loop.optim import make_schedule
+from latent_loop.parallel import sharding
+
+_DEPTH, _STATE = 0, 1  # what a key of the step is folded with
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything a run carries from step to step. `ema` is None unless config.optim.ema_decay is set."""
+
+  step: jax.Array  # optimizer steps done
+  params: Params
+  opt_state: optax.OptState
+  ema: Params | None
+
+
+def init_state(config: Config, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+  """Step 0; call under jit with out_shardings, or the moments end up on one device."""
+  params = model.init(jax.random.key(config.seed))
+  ema = params if config.optim.ema_decay else None
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+
+def make_sharded_state(config: Config, model: Model, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """(function that makes the initial state under its shardings, those shardings)."""
+  init = lambda: init_state(config, model, optimizer)
+  specs = sharding.shardings(jax.eval_shape(init), mesh)
+  return jax.jit(init, out_shardings=specs), specs
+
+
+def rows_of(batch: Batch) -> Rows:
+  return Rows(batch.positions_BT, batch.segment_ids_BT)
+
+
+def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, cfg: TrainConfig) -> Mean:
+  """Cross entropy over chunks of positions, so that [tokens, vocab] logits never exist whole."""
+
+  @jax.checkpoint
+  def chunk_loss(y_BTD, targets_BT, weights_BT):
+    logits_BTV = model.scores(params, y_BTD)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return Mean.of(log_z_BT - target_BT + cfg.z_loss * jnp.square(log_z_BT), weights_BT)
+
+  with jax.named_scope('loss'):
+    B, T, _ = y_BTD.shape
+    split = lambda x: x.reshape(B, -1, min(cfg.loss_chunk, T), *x.shape[2:]).swapaxes(0, 1)
+    chunks = (split(y_BTD), split(batch.targets_BT), split(batch.weights_BT))
+    add = lambda mean, chunk: (mean + chunk_loss(*chunk), None)
+    return jax.lax.scan(add, Mean(jnp.float32(0), jnp.float32(0)), chunks)[0]
+
+
+def make_train_step(config: Config, model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any):
+  """The compiled step; donates the state. One executable serves every depth."""
+  schedule = make_schedule(config.optim, config.train.num_steps)
+  num_microbatches = config.train.num_microbatches
+
+  def loss_fn(params, batch, example_ids_B, key, n, k, total_weight):
+    params = model.cast(params)
+    s_BTD = model.init_state(key, example_ids_B, batch.tokens_BT.shape[1])
+    y_BTD = model.forward(params, s_BTD, batch.tokens_BT, rows_of(batch), n, k)
+    return chunked_loss(model, params, y_BTD, batch, config.train).total / total_weight
+
+  @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
+  def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    key = jax.random.fold_in(key, state.step)
+    n, k = depth.draw(config.depth, jax.random.fold_in(key, _DEPTH), state.step)
+    total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
+    grad_of = jax.value_and_grad(loss_fn)
+    microbatch = lambda b, ids: grad_of(state.params, b, ids, jax.random.fold_in(key, _STATE), n, k, total_weight)
+    loss, grads = accumulate(microbatch, batch, num_microbatches)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if config.optim.ema_decay:
+      ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
+    metrics = {
+      'loss': loss,
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': schedule(state.step),
+      'n': n,
+      'k': k,
+    }
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+  return _with_mesh(train_step, mesh)
+
+
+def accumulate(microbatch: Callable, batch: Batch, count: int) -> tuple[jax.Array, Params]:
+  """Sum of microbatch(rows, their global indices) over `count` interleaved parts of the batch.
+
+  Part j holds rows j, j + count, ...: each device then finds all of its parts in its own rows.
+  """
+  split = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+  example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
+  if count == 1:
+    return microbatch(batch, example_ids_B)
+  parts = jax.tree.map(split, (batch, example_ids_B))
+  zeros = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
+  )
+  add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _with_mesh(step: Callable, mesh: Mesh) -> Callable:
+  """`step` run inside the mesh context, where constraints by axis name hold."""
+
+  @functools.wraps(step)
+  def run(*args):
+    with jax.set_mesh(mesh):
+      return step(*args)
+
+  run.compiled_count = step._cache_size
+  return run

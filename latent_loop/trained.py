@@ -1,0 +1,127 @@
+"""A trained model, loaded from the folder of its run, and what one evaluates it on."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from latent_loop import data
+from latent_loop.batch import Batch
+from latent_loop.checkpoint import Checkpoints
+from latent_loop.config import Config
+from latent_loop.data import tokenizer
+from latent_loop.data.pipeline import Batches
+from latent_loop.errors import BadInput
+from latent_loop.evals import depth as depth_eval
+from latent_loop.inference.generate import generate
+from latent_loop.model import Model, Params, build
+from latent_loop.optim import make_optimizer
+from latent_loop.parallel import sharding
+from latent_loop.report import depth_report
+from latent_loop.step import make_sharded_state
+from latent_loop.workdir import read_config
+
+VALIDATION_SEED = 0  # the validation rows are the same in every run of a source
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """params: the moving average where the run keeps one."""
+
+  config: Config
+  model: Model
+  params: Params
+  mesh: Mesh
+  step: int
+
+
+def load(workdir: Path) -> Trained:
+  """The newest checkpoint of `workdir`; raises BadInput when there is none or it does not fit its config."""
+  config = read_config(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  model = build(config.model, config.depth)
+  init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
+  checkpoints = Checkpoints(workdir, config.checkpoint)
+  step = checkpoints.latest_step()
+  if step is None:
+    raise BadInput(f'{workdir}/checkpoints holds no checkpoint yet; train for at least one save interval first')
+  state = checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint=None)
+  checkpoints.close()
+  return Trained(config, model, state.params if state.ema is None else state.ema, mesh, step)
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+  """A process's rows as its part of the global batch on the mesh."""
+  rows = NamedSharding(mesh, sharding.BATCH)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+
+def evaluate_depths(trained: Trained, source: data.Source, depths: tuple[int, ...]) -> dict[str, Any]:
+  """Numbers by depth over config.eval.num_batches validation batches; keys as in depth_report.json."""
+  config = trained.config
+  batches = Batches(
+    source.rows('validation'), VALIDATION_SEED, config.train.batch_size, jax.process_index(), jax.process_count()
+  )
+  evaluate = depth_eval.make_depth_eval(trained.model, trained.mesh, depths, config.train.loss_chunk)
+  means = None
+  for i in range(config.eval.num_batches):
+    key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
+    new = jax.block_until_ready(evaluate(trained.params, place(batches.batch(i), trained.mesh), key))
+    means = new if means is None else means + new
+  return {
+    'step': trained.step,
+    'mean_depth': config.depth.mean,
+    'chance_accuracy': source.chance_accuracy,
+    **depth_eval.summarize(means, depths),
+  }
+
+
+def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any]) -> list[Path]:
+  """depth_report.json, .png and .html in the run's folder."""
+  curve = depth_report.read_curve(workdir / 'metrics.jsonl')
+  return depth_report.write(workdir, trained.config.name, numbers, curve)
+
+
+def sample(
+  trained: Trained, prompts: list[str], depth: int, new_tokens: int, temperature: float, seed: int
+) -> list[str]:
+  """The text that follows each prompt; raises BadInput for an empty prompt list or a depth below 1."""
+  if not prompts:
+    raise BadInput('--prompt: no prompt given; give --prompt=TEXT or --prompts=FILE with one per line')
+  if depth < 1 or new_tokens < 1 or temperature < 0:
+    raise BadInput(
+      f'--depth={depth} --max_new_tokens={new_tokens} --temperature={temperature}: depth and tokens start at 1, '
+      'temperature at 0 (greedy)'
+    )
+  encoded = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
+  width = max(map(len, encoded)) + new_tokens
+  tokens = jax.numpy.array([row + [tokenizer.PAD] * (width - len(row)) for row in encoded])
+  lengths = jax.numpy.array([len(row) for row in encoded])
+  with jax.set_mesh(trained.mesh):
+    out = generate(
+      trained.model, trained.params, tokens, lengths, jax.random.key(seed), depth, temperature, tokenizer.EOS
+    )
+  return [
+    tokenizer.decode(_until_eos(row[n : n + new_tokens])) for row, n in zip(jax.device_get(out), lengths, strict=True)
+  ]
+
+
+def _until_eos(tokens: Iterable[int]) -> list[int]:
+  tokens = [int(t) for t in tokens]
+  return tokens[: tokens.index(tokenizer.EOS)] if tokenizer.EOS in tokens else tokens
+
+
+def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
+  """samples.txt: the same prompts at depth 1, the mean and twice the mean, greedy."""
+  config, parts = trained.config, []
+  for depth in sorted({1, config.depth.mean, 2 * config.depth.mean}):
+    texts = sample(trained, prompts, depth, config.eval.sample_tokens, temperature=0.0, seed=config.seed)
+    for prompt, text in zip(prompts, texts, strict=True):
+      parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text}\n')
+  path = workdir / 'samples.txt'
+  path.write_text('\n'.join(parts))
+  return path

@@ -1,0 +1,62 @@
+"""A run's folder: the sealed config that owns it, and the versions it was started with."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from latent_loop.config import Config, differences, fingerprint, from_json, to_json
+from latent_loop.errors import BadInput
+
+# Values that may change between two starts of one run: none of them changes what an example or a
+# parameter is. All others decide the run, and a change of them is refused.
+SAFE = (
+  'mesh.', 'depth.', 'log.', 'eval.', 'checkpoint.',
+  'model.remat', 'model.attention', 'train.num_microbatches', 'train.loss_chunk',
+)  # fmt: skip
+
+
+def open_workdir(workdir: Path, config: Config) -> None:
+  """Creates the folder for `config`, or checks that it is this config's folder.
+
+  Raises BadInput, naming the fields, when it belongs to a config that differs in more than SAFE values.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    old = from_json(path.read_text(), str(path))
+    changed = {key: pair for key, pair in differences(old, config).items() if not key.startswith(SAFE)}
+    if changed:
+      what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
+      raise BadInput(f'{workdir} belongs to another config: {what}; undo the change, or give another --workdir')
+  elif workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+    raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
+  workdir.mkdir(parents=True, exist_ok=True)
+  _write(path, to_json(config))
+  _write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
+
+
+def read_config(workdir: Path) -> Config:
+  """The sealed config of a run; raises BadInput when the folder is not one."""
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise BadInput(f'{workdir}: no config.json, so it is not the folder of a run; give the --workdir of a training run')
+  return from_json(path.read_text(), str(path))
+
+
+def versions(config: Config) -> dict[str, object]:
+  """Python, machine and every installed package."""
+  packages = {d.metadata['Name']: d.version for d in importlib.metadata.distributions()}
+  return {
+    'config_fingerprint': fingerprint(config),
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'packages': dict(sorted(packages.items())),
+  }
+
+
+def _write(path: Path, text: str) -> None:
+  """Whole or not at all: a killed process leaves the old file."""
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(text)
+  os.replace(temporary, path)

@@ -1,0 +1,25 @@
+"""Trains: python -m launch.train --config=experiments/tiny_text.py --workdir=runs/tiny_text"""
+
+from absl import flags
+
+from launch import program
+
+_CONFIG = program.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; not empty = continue')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'print what would run, touch no device and no file, stop')
+_PROFILE = flags.DEFINE_string('profile_steps', None, 'first:last, steps to trace with jax.profiler')
+
+
+def main(argv: list[str]) -> int:
+  from latent_loop import dry_run, loop
+
+  config = program.sealed(_CONFIG)
+  if _DRY_RUN.value:
+    print(dry_run.describe(config))
+    return 0
+  profile_steps = program.step_range(_PROFILE.value)
+  return loop.run(config, program.workdir_of(_WORKDIR.value), profile_steps)
+
+
+if __name__ == '__main__':
+  program.run(main)
