@@ -27,13 +27,14 @@ class Checkpoints:
       policies.append(keep.EveryNSteps(cfg.keep_every_steps))
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
-    options = ocp.options.CheckpointablesOptions(registry=registry)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
     self.directory = (workdir / 'checkpoints').absolute()
     self._orbax = ocp.training.Checkpointer(
       str(self.directory),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=keep.AnyPreservationPolicy(policies),
-      context=ocp.Context(checkpointables_options=options),
+      context=context,
       cleanup_tmp_directories=True,
     )
 
@@ -82,6 +83,12 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the save under way; raises if it failed."""
     self._orbax.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
 
 
 def describe(tree: Any) -> dict[str, str]:

@@ -293,14 +293,27 @@ def seal(values: Any, cls: type = Config, path: str = 'config') -> Any:
   hints = typing.get_type_hints(cls)
   given = dict(values.items())
   for name in given:
-    if name not in hints:
-      near = difflib.get_close_matches(name, hints, n=1)
-      hint = f"did you mean '{near[0]}'?" if near else f'the keys here are: {", ".join(hints)}'
-      raise BadInput(f'{path}.{name}: unknown key; {hint}')
+    _check_known(name, hints, path)
   missing = [name for name in hints if name not in given]
   if missing:
     raise BadInput(f'{path}.{missing[0]}: missing; start from latent_loop.config.view(Config()), which has every key')
   return cls(**{name: _seal_value(given[name], hints[name], f'{path}.{name}') for name in hints})
+
+
+def _check_known(name: str, known: typing.Iterable[str], path: str) -> None:
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f'the keys here are: {", ".join(known)}'
+    raise BadInput(f'{path}.{name}: unknown key; {hint}')
+
+
+def check_key(dotted: str) -> None:
+  """Raises BadInput, with the nearest name, unless 'model.width' and the like is a key of Config."""
+  cls, path = Config, 'config'
+  for name in dotted.split('.'):
+    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    _check_known(name, hints, path)
+    cls, path = hints[name], f'{path}.{name}'
 
 
 def _seal_value(value: Any, hint: Any, path: str) -> Any:

@@ -69,46 +69,43 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
   Started again it goes on from the newest checkpoint, bit for bit as if it had never stopped.
   """
   this = prepare(config, workdir)
-  total = config.train.num_steps
-  if this.start:
-    say(f'{workdir}: continuing at step {this.start} of {total}')
-  if this.start >= total and (workdir / 'depth_report.json').exists():
-    say(f'{workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
-    this.checkpoints.close()
+  if finished_before(this):
     return DONE
-  code = train(this, profile_steps)
-  this.checkpoints.close()
-  if code == DONE:
-    finish(this)
-  return code
-
-
-def train(this: Run, profile_steps: tuple[int, int] | None) -> int:
-  """Steps from this.start to the end; returns DONE, or why it stopped early."""
-  config, key = this.config, jax.random.key(this.config.seed)
-  logger = Logger(this)
-  with StopRequest() as stop:
-    for step in range(this.start, config.train.num_steps):
-      profile(this.workdir, step, profile_steps)
+  total, key = config.train.num_steps, jax.random.key(config.seed)
+  with StopRequest() as stop, Logger(this) as logger, this.checkpoints:
+    for step in range(this.start, total):
+      profile(workdir, step, profile_steps)
       wait_start = time.perf_counter()
       batch = this.batches.batch(step)
       wait_secs = time.perf_counter() - wait_start
       this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
-      finite = logger.step(step + 1, metrics, batch.hash(), wait_secs)
-      last = step + 1 == config.train.num_steps
-      if last or stop.requested:
-        finite = logger.flush() and finite
-      if not finite:
+      logger.take(step + 1, metrics, batch.hash(), wait_secs)
+      leaving = stop.requested or step + 1 == total
+      if leaving:
+        logger.flush()
+      if logger.non_finite:
         return NON_FINITE
-      if last or stop.requested or (step + 1) % config.checkpoint.every_steps == 0:
+      if leaving or (step + 1) % config.checkpoint.every_steps == 0:
         save(this, step + 1)
-      if stop.requested and not last:
+      if stop.requested and step + 1 < total:
         say(f'stopped at step {step + 1}, saved; start the same command again to continue')
         return PREEMPTED
-      if (step + 1) % config.eval.every_steps == 0 and not last:
+      if (step + 1) % config.eval.every_steps == 0 and step + 1 < total:
         evaluate(this, step + 1)
-  logger.close()
+  finish(this)
   return DONE
+
+
+def finished_before(this: Run) -> bool:
+  """Says where the run stands; True when there is nothing left to do."""
+  total = this.config.train.num_steps
+  if this.start:
+    say(f'{this.workdir}: continuing at step {this.start} of {total}')
+  done = this.start >= total and (this.workdir / 'depth_report.json').exists()
+  if done:
+    this.checkpoints.close()
+    say(f'{this.workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
+  return done
 
 
 def save(this: Run, step: int) -> None:
@@ -138,18 +135,8 @@ def finish(this: Run) -> None:
   paths = trained.write_depth_report(done, this.workdir, numbers)
   if this.config.eval.sample_tokens:
     paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
-  say('\n'.join(depth_table(numbers)))
+  say('\n'.join(depth_eval.table(numbers)))
   say('wrote ' + ' '.join(map(str, paths)))
-
-
-def depth_table(numbers: dict[str, Any]) -> list[str]:
-  """Loss, accuracy and residual by depth as lines of text."""
-  chance = numbers['chance_accuracy']
-  lines = ['depth   loss   bits/byte  accuracy  residual' + ('' if chance is None else f'   (chance {chance:.3f})')]
-  for depth, loss in numbers['loss_by_depth'].items():
-    bits, right = numbers['bits_per_byte_by_depth'][depth], numbers['accuracy_by_depth'][depth]
-    lines.append(f'{depth:>5}  {loss:.4f}   {bits:.4f}    {right:.3f}    {numbers["residual_by_depth"][depth]:.1e}')
-  return lines
 
 
 def profile(workdir: Path, step: int, steps: tuple[int, int] | None) -> None:
@@ -173,20 +160,23 @@ class Logger:
     self._cost = cost.count(this.model, this.config.data.seq_len)
     self._writers = make_writers(this.config.log, this.workdir, this.start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
+    self.non_finite = False
     self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
     peak = cost.peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * this.mesh.size if peak else None
 
-  def step(self, step: int, metrics: dict[str, jax.Array], batch_hash: str, wait_secs: float) -> bool:
-    """Takes this step's metrics, handles those of the step before; False when a loss was not finite."""
-    finite = self.flush()
-    self._pending = (step, metrics, batch_hash, wait_secs)
-    return finite
+  def __enter__(self) -> 'Logger':
+    return self
 
-  def flush(self) -> bool:
-    """Handles the pending step."""
+  def take(self, step: int, metrics: dict[str, jax.Array], batch_hash: str, wait_secs: float) -> None:
+    """Takes this step's metrics and handles those of the step before."""
+    self.flush()
+    self._pending = (step, metrics, batch_hash, wait_secs)
+
+  def flush(self) -> None:
+    """Handles the pending step; sets `non_finite` when its loss or gradient was not."""
     if self._pending is None:
-      return True
+      return
     (step, metrics, batch_hash, wait_secs), self._pending = self._pending, None
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     self._steps += 1
@@ -194,13 +184,13 @@ class Logger:
     self._flops += self._cost.train(values['n'], values['k'])
     if not math.isfinite(values['loss'] + values['grad_norm']):
       say(
-        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]} at depth {values["n"]}+{values["k"]}, '
-        f'batch {batch_hash}: not finite; nothing was saved since. Lower config.optim.learning_rate and start again'
+        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]} '
+        f'at depth {values["n"]}+{values["k"]}, '
+        f'batch {batch_hash}: not finite; nothing was saved since. Lower config.optim.learning_rate, start again'
       )
-      return False
-    if step % self._this.config.log.every_steps == 0 or step == self._this.config.train.num_steps:
+      self.non_finite = True
+    elif step % self._this.config.log.every_steps == 0 or step == self._this.config.train.num_steps:
       self._write(step, values, batch_hash)
-    return True
 
   def _write(self, step: int, values: dict[str, Any], batch_hash: str) -> None:
     config = self._this.config
@@ -223,7 +213,7 @@ class Logger:
       writer.write(step, values)
     self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
 
-  def close(self) -> None:
+  def __exit__(self, *exception: object) -> None:
     for writer in self._writers:
       writer.close()
 

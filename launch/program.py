@@ -1,12 +1,11 @@
 """What every program shares: flags in, exit code out, and bad input as one sentence."""
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 BAD_INPUT, BUG = 2, 1
@@ -21,13 +20,22 @@ def run(main: Callable[[list[str]], int]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+  from latent_loop.config import check_key
+  from latent_loop.errors import BadInput
+
   try:
-    return flags.FLAGS(argv)
+    for arg in argv[1:]:
+      if arg.startswith('--config.'):  # ml_collections would not say which key it does not know
+        check_key(arg.removeprefix('--config.').partition('=')[0])
+    rest = flags.FLAGS(argv)
+    if flags.FLAGS['verbosity'].using_default_value:
+      logging.set_verbosity(logging.ERROR)  # the libraries' chatter; --verbosity=0 brings it back
+    return rest
+  except BadInput as error:
+    _refuse(str(error))
   except flags.Error as error:
     _refuse(f'{_one_line(error)}; see python -m launch.{Path(argv[0]).stem} --help')
-  except (AttributeError, KeyError, TypeError, ValueError) as error:  # ml_collections, on --config.a.b=value
-    _refuse(f'{_one_line(error)}; see the keys in latent_loop/config.py')
-  except (ImportError, SyntaxError, NameError) as error:
+  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
     _refuse(f'--config: the experiment file does not run ({type(error).__name__}: {_one_line(error)}); correct it')
 
 
@@ -63,13 +71,14 @@ def sealed(holder: flags.FlagHolder):
   from latent_loop import config as config_lib
   from latent_loop.errors import BadInput
 
-  try:
-    values = holder.value
-  except FileNotFoundError as error:
-    raise BadInput(f'--config={error.filename}: no such file; give one of experiments/*.py') from error
+  values = holder.value
   if values is None:
     raise BadInput('--config is missing; give an experiment file such as experiments/tiny_text.py')
-  return config_lib.seal(values)
+  try:
+    return config_lib.seal(values)
+  except OSError as error:  # ml_collections notices a missing file at the first access
+    path = config_flags.get_config_filename(flags.FLAGS[holder.name])
+    raise BadInput(f'--config={path}: no such file; give one of experiments/*.py') from error
 
 
 def workdir_of(value: str | None) -> Path:
@@ -83,6 +92,13 @@ def workdir_of(value: str | None) -> Path:
   return Path(value)
 
 
-def quiet() -> None:
-  """Keeps the libraries' chatter off the console; set before JAX is imported."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+def step_range(value: str | None) -> tuple[int, int] | None:
+  """--profile_steps=10:13 as (10, 13); raises BadInput."""
+  from latent_loop.errors import BadInput
+
+  if value is None:
+    return None
+  first, colon, last = value.partition(':')
+  if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+    raise BadInput(f'--profile_steps={value}: not a range of steps; write first:last, such as 10:13')
+  return int(first), int(last)

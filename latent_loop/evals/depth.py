@@ -139,3 +139,13 @@ def summarize(means: DepthMeans, depths: tuple[int, ...]) -> dict[str, Any]:
     'kl_to_deepest_by_depth': by_depth(means.kl_to_deepest.value()),
     'token_correlation_by_depth': by_depth(means.token_correlation.value()),
   }
+
+
+def table(numbers: dict[str, Any]) -> list[str]:
+  """Loss, accuracy and residual by depth as lines of text."""
+  chance = numbers['chance_accuracy']
+  lines = ['depth   loss   bits/byte  accuracy  residual' + ('' if chance is None else f'   (chance {chance:.3f})')]
+  for depth, loss in numbers['loss_by_depth'].items():
+    bits, right = numbers['bits_per_byte_by_depth'][depth], numbers['accuracy_by_depth'][depth]
+    lines.append(f'{depth:>5}  {loss:.4f}   {bits:.4f}    {right:.3f}    {numbers["residual_by_depth"][depth]:.1e}')
+  return lines

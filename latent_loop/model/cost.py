@@ -46,7 +46,7 @@ class Cost:
 def count(model: Model, seq_len: int) -> Cost:
   """The cost of `model`, from the shapes of its parameters; allocates nothing."""
   cfg = model.cfg
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   parameters: dict[str, int] = {}
   matrices: dict[str, int] = {}
   for keypath, leaf in jax.tree_util.tree_leaves_with_path(shapes):

@@ -62,6 +62,7 @@ def _muon(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransform
   return optax.contrib.muon(
     schedule,
     beta=cfg.muon_momentum,
+    eps=cfg.eps,
     weight_decay=cfg.weight_decay,
     weight_decay_mask=mask,
     adam_b1=cfg.b1,

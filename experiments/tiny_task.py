@@ -1,0 +1,10 @@
+"""Does thinking longer solve what a fixed depth cannot? (placeholder of the skeleton, tuned on its own branch)"""
+
+from latent_loop.config import Config, view
+
+
+def get_config():
+  config = view(Config())
+  config.name = 'tiny_task'
+  config.data.source = 'pointer_chasing'
+  return config

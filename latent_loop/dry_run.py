@@ -1,0 +1,40 @@
+"""What a config would train, without a device: the sealed config, parameters, FLOPs and mesh as asked."""
+
+import dataclasses
+
+from latent_loop.config import Config, fingerprint, to_json
+from latent_loop.evals.depth import default_depths
+from latent_loop.model import build, cost, depth
+
+
+def describe(config: Config) -> str:
+  """The text that `train --dry_run` prints."""
+  counts = cost.count(build(config.model, config.depth), config.data.seq_len)
+  k = config.depth.backprop_depth
+  n = max(config.depth.mean - k, 0)
+  parts = [f'  {name:<13}{size:>16,}' for name, size in counts.parameters.items()]
+  flops = [f'  depth {r:<5}{counts.forward(r) / 1e9:12.4f}' for r in default_depths(config.depth.mean)]
+  model, again = counts.train(n, k), counts.recompute(k)
+  tokens = config.train.batch_size * config.data.seq_len
+  mesh = ', '.join(f'{axis}={"the rest" if size == -1 else size}' for axis, size in dataclasses.asdict(config.mesh).items())
+  return '\n'.join(
+    [
+      to_json(config).rstrip(),
+      f'config fingerprint {fingerprint(config)}',
+      '',
+      f'parameters   {counts.total_parameters:>16,}',
+      *parts,
+      '',
+      'FLOPs per token in GFLOP; 2 per multiply-add, attention over the full T x T square, lookups free',
+      'forward, by depth:',
+      *flops,
+      f'training at n={n} without gradient, k={k} with:',
+      f'  forward    {counts.forward(n + k) / 1e9:12.4f}',
+      f'  + backward {model / 1e9:12.4f}   (model FLOPs; utilization is reported against this)',
+      f"  + recompute{(model + again) / 1e9:12.4f}   (config.model.remat={config.model.remat!r}, and the logits' chunks)",
+      f'law {config.depth.kind}: mean depth drawn {depth.expected(config.depth):.2f}',
+      '',
+      f'mesh as asked: {mesh}',
+      f'tokens per step {tokens:,}; in all {tokens * config.train.num_steps:,} over {config.train.num_steps:,} steps',
+    ]
+  )

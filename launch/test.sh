@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All checks and tests; arguments go to pytest: bash launch/test.sh -m 'not slow'
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/env.sh launch/requirements/dev.txt
+
+ruff check .
+ruff format --check --quiet .
+python -m pytest -n 2 "$@"
