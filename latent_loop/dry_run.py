@@ -16,7 +16,9 @@ def describe(config: Config) -> str:
   flops = [f'  depth {r:<5}{counts.forward(r) / 1e9:12.4f}' for r in default_depths(config.depth.mean)]
   model, again = counts.train(n, k), counts.recompute(k)
   tokens = config.train.batch_size * config.data.seq_len
-  mesh = ', '.join(f'{axis}={"the rest" if size == -1 else size}' for axis, size in dataclasses.asdict(config.mesh).items())
+  mesh = ', '.join(
+    f'{axis}={"the rest" if size == -1 else size}' for axis, size in dataclasses.asdict(config.mesh).items()
+  )
   return '\n'.join(
     [
       to_json(config).rstrip(),

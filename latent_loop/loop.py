@@ -37,6 +37,7 @@ class Run:
   source: data.Source
   batches: Batches
   train_step: Callable
+  evaluator: Callable
   checkpoints: Checkpoints
   state: TrainState
   start: int  # the step to do next
@@ -59,8 +60,20 @@ def prepare(config: Config, workdir: Path) -> Run:
   checkpoints = Checkpoints(workdir, config.checkpoint)
   step = checkpoints.latest_step()
   state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint)
-  train_step = make_train_step(config, model, optimizer, mesh, specs)
-  return Run(config, workdir, mesh, model, source, batches, train_step, checkpoints, state, step or 0, fingerprint)
+  return Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    model=model,
+    source=source,
+    batches=batches,
+    train_step=make_train_step(config, model, optimizer, mesh, specs),
+    evaluator=trained.make_evaluator(config, model, mesh, source, depth_eval.default_depths(config.depth.mean)),
+    checkpoints=checkpoints,
+    state=state,
+    start=step or 0,
+    fingerprint=fingerprint,
+  )
 
 
 def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = None) -> int:
@@ -113,28 +126,28 @@ def save(this: Run, step: int) -> None:
   this.checkpoints.save(step, this.state, meta)
 
 
-def as_trained(this: Run, step: int) -> trained.Trained:
-  params = this.state.params if this.state.ema is None else this.state.ema
-  return trained.Trained(this.config, this.model, params, this.mesh, step)
-
-
-def evaluate(this: Run, step: int) -> None:
-  """Validation at depth 1, the mean and 4 times the mean; one line, and one in evals.jsonl."""
+def evaluate(this: Run, step: int) -> dict[str, Any]:
+  """Validation by depth: a line on the console, and one in evals.jsonl."""
+  numbers = this.evaluator(this.state.averaged_params, step)
   mean = this.config.depth.mean
-  numbers = trained.evaluate_depths(as_trained(this, step), this.source, tuple(sorted({1, mean, 4 * mean})))
-  losses = ' '.join(f'{loss:.4f} at depth {depth}' for depth, loss in numbers['loss_by_depth'].items())
+  losses = ', '.join(f'{numbers["loss_by_depth"][str(r)]:.4f} at depth {r}' for r in sorted({1, mean, 4 * mean}))
   say(f'validation at step {step}: loss {losses}')
-  with (this.workdir / 'evals.jsonl').open('a') as file:
-    file.write(json.dumps(numbers) + '\n')
+  if jax.process_index() == 0:
+    with (this.workdir / 'evals.jsonl').open('a') as file:
+      file.write(json.dumps(numbers) + '\n')
+  return numbers
 
 
 def finish(this: Run) -> None:
   """The depth report and a few samples."""
-  done = as_trained(this, this.config.train.num_steps)
-  numbers = trained.evaluate_depths(done, this.source, depth_eval.default_depths(this.config.depth.mean))
-  paths = trained.write_depth_report(done, this.workdir, numbers)
+  total = this.config.train.num_steps
+  numbers = evaluate(this, total)
+  done = trained.Trained(this.config, this.model, this.state.averaged_params, this.mesh, total)
+  paths = []
   if this.config.eval.sample_tokens:
     paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
+  # Last, since the report marks the run as finished.
+  paths += trained.write_depth_report(done, this.workdir, numbers)
   say('\n'.join(depth_eval.table(numbers)))
   say('wrote ' + ' '.join(map(str, paths)))
 

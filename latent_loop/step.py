@@ -31,6 +31,11 @@ class TrainState:
   opt_state: optax.OptState
   ema: Params | None
 
+  @property
+  def averaged_params(self) -> Params:
+    """What evaluation and generation use: the moving average where there is one."""
+    return self.params if self.ema is None else self.ema
+
 
 def init_state(config: Config, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
   """Step 0; call under jit with out_shardings, or the moments end up on one device."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def load(workdir: Path) -> Trained:
     raise BadInput(f'{workdir}/checkpoints holds no checkpoint yet; train for at least one save interval first')
   state = checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint=None)
   checkpoints.close()
-  return Trained(config, model, state.params if state.ema is None else state.ema, mesh, step)
+  return Trained(config, model, state.averaged_params, mesh, step)
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -60,24 +60,32 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
 
-def evaluate_depths(trained: Trained, source: data.Source, depths: tuple[int, ...]) -> dict[str, Any]:
-  """Numbers by depth over config.eval.num_batches validation batches; keys as in depth_report.json."""
-  config = trained.config
-  batches = Batches(
-    source.rows('validation'), VALIDATION_SEED, config.train.batch_size, jax.process_index(), jax.process_count()
-  )
-  evaluate = depth_eval.make_depth_eval(trained.model, trained.mesh, depths, config.train.loss_chunk)
-  means = None
-  for i in range(config.eval.num_batches):
-    key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
-    new = jax.block_until_ready(evaluate(trained.params, place(batches.batch(i), trained.mesh), key))
-    means = new if means is None else means + new
-  return {
-    'step': trained.step,
-    'mean_depth': config.depth.mean,
-    'chance_accuracy': source.chance_accuracy,
-    **depth_eval.summarize(means, depths),
-  }
+def make_evaluator(
+  config: Config, model: Model, mesh: Mesh, source: data.Source, depths: tuple[int, ...]
+) -> Callable[[Params, int], dict[str, Any]]:
+  """(params, step) -> numbers by depth over config.eval.num_batches validation batches; compiles once.
+
+  The keys of the numbers are those of depth_report.json.
+  """
+  rows = source.rows('validation')
+  batches = Batches(rows, VALIDATION_SEED, config.train.batch_size, jax.process_index(), jax.process_count())
+  evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
+
+  def numbers(params: Params, step: int) -> dict[str, Any]:
+    means = None
+    for i in range(config.eval.num_batches):
+      key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
+      # Awaited each time: many steps in flight deadlock on virtual CPU devices.
+      new = jax.block_until_ready(evaluate(params, place(batches.batch(i), mesh), key))
+      means = new if means is None else means + new
+    return {
+      'step': step,
+      'mean_depth': config.depth.mean,
+      'chance_accuracy': source.chance_accuracy,
+      **depth_eval.summarize(means, depths),
+    }
+
+  return numbers
 
 
 def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any]) -> list[Path]:

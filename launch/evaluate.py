@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
   # The report always shows 1, the mean and 4 times the mean.
   asked = depth_eval.check_depths(tuple(_DEPTHS.value)) if _DEPTHS.value else depth_eval.default_depths(mean)
   depths = tuple(sorted({*asked, 1, mean, 4 * mean}))
-  numbers = trained.evaluate_depths(model, data.make_source(model.config), depths)
+  source = data.make_source(model.config)
+  evaluator = trained.make_evaluator(model.config, model.model, model.mesh, source, depths)
+  numbers = evaluator(model.params, model.step)
   paths = trained.write_depth_report(model, workdir, numbers)
   print('\n'.join(depth_eval.table(numbers)))
   print('wrote ' + ' '.join(map(str, paths)))

@@ -6,4 +6,4 @@ source launch/env.sh launch/requirements/dev.txt
 
 ruff check .
 ruff format --check --quiet .
-python -m pytest -n 2 "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -10,7 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Rooms of the step. Calls that leave them (data, checkpoints, writers) are not part of a step.
-ROOMS = ('latent_loop/step.py', 'latent_loop/model/', 'latent_loop/optim/', 'latent_loop/parallel/', 'latent_loop/batch.py')
+ROOMS = (
+  'latent_loop/step.py',
+  'latent_loop/model/',
+  'latent_loop/optim/',
+  'latent_loop/parallel/',
+  'latent_loop/batch.py',
+)
 ROOTS = (
   ('latent_loop.step', 'make_sharded_state'),
   ('latent_loop.step', 'make_train_step'),

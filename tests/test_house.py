@@ -60,7 +60,9 @@ def file_of(dotted: str) -> str:
   raise AssertionError(f'{dotted}: no such module')
 
 
-@pytest.mark.parametrize('path', [p for p in PACKAGE if p.parent.name != 'latent_loop' or p.stem != '__init__'], ids=relative)
+@pytest.mark.parametrize(
+  'path', [p for p in PACKAGE if p.parent.name != 'latent_loop' or p.stem != '__init__'], ids=relative
+)
 def test_imports_go_down(path):
   table = floors()
   here = room_of(relative(path), table)
@@ -86,11 +88,15 @@ def test_libraries_stay_in_their_rooms():
       names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
       for name in names:
         room = rules.get(name.split('.')[0])
-        assert room is None or relative(path).startswith(room), f'{relative(path)} imports {name}, allowed in {room} only'
+        assert room is None or relative(path).startswith(room), (
+          f'{relative(path)} imports {name}, allowed in {room} only'
+        )
 
 
 def test_the_map_lists_every_file_once():
-  tracked = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+  tracked = subprocess.run(
+    ['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True
+  )
   files = {f for f in tracked.stdout.splitlines() if (ROOT / f).exists() and not f.startswith('tests/golden/')}
   if not files:
     pytest.fail('git lists no files; run the tests in a git checkout')
@@ -162,4 +168,6 @@ def test_a_step_is_read_in_under_900_lines_and_two_hops():
 
 def test_no_machine_path_in_tracked_files():
   for path in [*CODE, *sorted(ROOT.glob('*.md')), ROOT / 'requirements.txt', *sorted((ROOT / 'launch').glob('*.sh'))]:
-    assert not re.search(r'/(root|home|work|Users)/\w', path.read_text()), f'{relative(path)} names a path of one machine'
+    assert not re.search(r'/(root|home|work|Users)/\w', path.read_text()), (
+      f'{relative(path)} names a path of one machine'
+    )

@@ -1,0 +1,125 @@
+"""Config: one home for defaults, sealed once, refused by path."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from latent_loop import config as config_lib
+from latent_loop.config import Config, differences, from_json, seal, to_json, view
+from latent_loop.errors import BadInput
+from latent_loop.model import build, cost
+from latent_loop.optim import make_optimizer
+from latent_loop.parallel import sharding
+from latent_loop.step import init_state
+
+EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parent.parent / 'experiments').glob('*.py'))
+
+
+def experiment(name: str) -> Config:
+  return seal(importlib.import_module(f'experiments.{name}').get_config())
+
+
+def test_view_and_seal_are_inverse():
+  config = Config()
+  assert seal(view(config)) == config
+  assert from_json(to_json(config), 'x') == config
+
+
+@pytest.mark.parametrize(
+  'path,value,words',
+  [
+    ('model.width', 'wide', "config.model.width='wide'"),
+    ('model.width', True, 'config.model.width=True'),
+    ('model.block', 'sandwitch', 'choose one of sandwich, pre_norm'),
+    ('model.width', 100, 'multiple of 8'),
+    ('depth.backprop_depth', 99, 'between 1 and'),
+    ('depth.curriculum', 'linear', 'set both, or neither'),
+    ('optim.warmup_fraction', 1.5, 'warmup'),
+    ('optim.no_decay', 'scale', 'not a tuple'),
+    ('train.num_microbatches', 3, 'does not divide'),
+    ('train.loss_chunk', 100, 'does not divide config.data.seq_len'),
+    ('mesh.fsdp', 0, 'config.mesh'),
+    ('seed', -1, 'config.seed=-1'),
+  ],
+)
+def test_a_bad_value_is_refused_by_path(path, value, words):
+  values = json.loads(to_json(Config()))
+  *groups, name = path.split('.')
+  group = values
+  for part in groups:
+    group = group[part]
+  group[name] = value
+  with pytest.raises(BadInput, match='.*') as error:
+    seal(values)
+  assert words in str(error.value)
+
+
+def test_an_unknown_key_names_the_nearest():
+  values = json.loads(to_json(Config()))
+  values['model']['widht'] = 3
+  with pytest.raises(BadInput, match="config.model.widht: unknown key; did you mean 'width'"):
+    seal(values)
+  with pytest.raises(BadInput, match="config.modle: unknown key; did you mean 'model'"):
+    config_lib.check_key('modle.width')
+  config_lib.check_key('model.width')
+
+
+def test_a_missing_key_is_refused():
+  values = json.loads(to_json(Config()))
+  del values['train']['num_steps']
+  with pytest.raises(BadInput, match='config.train.num_steps: missing'):
+    seal(values)
+
+
+def test_optional_fields_take_none_and_numbers():
+  values = view(Config())
+  values.optim.clip_norm = None
+  values.optim.ema_decay = 0.5
+  sealed = seal(values)
+  assert sealed.optim.clip_norm is None and sealed.optim.ema_decay == 0.5
+
+
+def test_differences_name_the_fields():
+  new = dataclasses.replace(Config(), seed=3)
+  assert differences(Config(), new) == {'seed': (0, 3)}
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_every_experiment_builds_at_full_size(name):
+  config = experiment(name)
+  assert config.name == name
+  model = build(config.model, config.depth)
+  optimizer = make_optimizer(config.optim, config.train.num_steps)
+  shapes = jax.eval_shape(lambda: init_state(config, model, optimizer))
+  paths = jax.tree_util.tree_leaves_with_path(shapes)
+  assert all(sharding.spec_of(sharding.path_of(path)) is not None for path, leaf in paths if leaf.ndim)
+  assert cost.count(model, config.data.seq_len).total_parameters > 0
+
+
+def test_the_papers_model_has_the_papers_size_and_cost():
+  config = experiment('huginn_3p5b')
+  counts = cost.count(build(config.model, config.depth), config.data.seq_len)
+  assert counts.total_parameters == 3_564_976_800
+  assert counts.forward(32) == pytest.approx(120.06e9, rel=0.01)
+  assert counts.train(24, 8) == pytest.approx(186.39e9, rel=0.01)
+  assert counts.train(24, 8) + counts.recompute(8) == pytest.approx(215.35e9, rel=0.01)
+
+
+def test_the_baselines_are_matched():
+  def of(name):
+    config = experiment(name)
+    counts = cost.count(build(config.model, config.depth), config.data.seq_len)
+    k = config.depth.backprop_depth
+    return counts.total_parameters, counts.train(config.depth.mean - k, k)
+
+  (parameters, flops), same_params, same_flops = (
+    of('tiny_text'),
+    of('fixed_depth_same_params'),
+    of('fixed_depth_same_flops'),
+  )
+  assert same_params[0] == parameters
+  assert same_flops[1] == pytest.approx(flops, rel=0.02)

@@ -1,0 +1,256 @@
+"""The programs as a user meets them: exit codes, sentences, files. Each case is a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from latent_loop import loop, trained, workdir
+from latent_loop.config import Config, from_json, to_json
+from latent_loop.errors import BadInput
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parent.parent
+TEXT = '--config=experiments/tiny_text.py'
+
+
+def launch(program: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  command = [sys.executable, '-m', f'launch.{program}', *args]
+  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def tiny_run(steps: int = 4, **overrides) -> Config:
+  return tiny_config(
+    **{
+      'name': 'tiny_run',
+      'model.vocab_size': 264,
+      'model.num_core_layers': 1,
+      'data.source': 'addition',
+      'data.seq_len': 40,
+      'data.max_difficulty': 3,
+      'train.num_steps': steps,
+      'train.loss_chunk': 20,
+      'checkpoint.every_steps': 2,
+      'eval.every_steps': 2,
+      'eval.num_batches': 1,
+      'eval.sample_tokens': 3,
+      'log.every_steps': 1,
+      **overrides,
+    }
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory) -> Path:
+  """The workdir of a finished run, made in this process."""
+  path = tmp_path_factory.mktemp('runs') / 'finished'
+  assert loop.run(tiny_run(), path) == loop.DONE
+  return path
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+  shutil.copytree(finished, tmp_path / 'copy')
+  return tmp_path / 'copy'
+
+
+# --- bad input: exit code 2 and a sentence -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'program,args,words',
+  [
+    ('train', [], '--config is missing'),
+    ('train', ['--config=experiments/nope.py'], 'experiments/nope.py: no such file'),
+    ('train', [TEXT, '--bogus'], 'bogus'),
+    ('train', [TEXT, '--config.model.widht=3'], "config.model.widht: unknown key; did you mean 'width'?"),
+    ('train', [TEXT, '--config.model.width=wide'], 'config.model.width=wide'),
+    ('train', [TEXT, '--config.model.block=foo'], 'choose one of sandwich, pre_norm'),
+    ('train', [TEXT], '--workdir is missing'),
+    ('train', [TEXT, '--workdir=gs://bucket/run'], 'only local folders'),
+    ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
+    ('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
+    ('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
+    ('train', [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}'], 'less than one row'),
+    ('evaluate', ['--workdir=/tmp/none'], 'say launch.evaluate depths'),
+    ('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
+    ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
+    ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
+  ],
+)
+def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
+  result = launch(program, *args)
+  assert result.returncode == 2, result.stderr
+  assert words in result.stderr
+  assert 'Traceback' not in result.stderr
+  assert result.stderr.startswith('error: ') and len(result.stderr.splitlines()) == 1
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh(tmp_path):
+  result = launch('train', TEXT, f'--workdir={tmp_path}/x', '--config.train.batch_size=12', devices=8)
+  assert result.returncode == 2
+  assert 'config.train.batch_size=12 does not divide over data x fsdp x num_microbatches = 8 x 1 x 1' in result.stderr
+  assert not (tmp_path / 'x').exists()
+
+
+def test_a_mesh_that_does_not_fit_the_devices(tmp_path):
+  result = launch('train', TEXT, f'--workdir={tmp_path}/x', '--config.mesh.data=3')
+  assert result.returncode == 2 and 'does not fit 1 device' in result.stderr
+
+
+def test_a_broken_experiment_file(tmp_path):
+  (tmp_path / 'broken.py').write_text('def get_config():\n  return 1 +\n')
+  result = launch('train', f'--config={tmp_path}/broken.py')
+  assert result.returncode == 2 and 'does not run (SyntaxError' in result.stderr
+
+
+def test_a_workdir_of_another_config(finished):
+  result = launch('train', TEXT, f'--workdir={finished}')
+  assert result.returncode == 2
+  assert 'belongs to another config' in result.stderr and "name was 'tiny_run', is 'tiny_text'" in result.stderr
+
+
+def test_a_checkpoint_of_another_shape(copy):
+  text = (copy / 'config.json').read_text().replace('"mlp_dim": 40', '"mlp_dim": 44')
+  (copy / 'config.json').write_text(text)
+  result = launch('generate', f'--workdir={copy}', '--prompt=1+1=')
+  assert result.returncode == 2 and 'mlp/gate/kernel' in result.stderr or 'mlp/down/kernel' in result.stderr
+  assert 'float32[40,48] in the checkpoint and float32[44,48] in this config' in result.stderr
+
+
+def test_depth_zero_and_an_empty_prompt_file(finished, tmp_path):
+  result = launch('generate', f'--workdir={finished}', '--prompt=1+1=', '--depth=0')
+  assert result.returncode == 2 and '--depth=0' in result.stderr
+  (tmp_path / 'empty.txt').write_text('')
+  result = launch('generate', f'--workdir={finished}', f'--prompts={tmp_path}/empty.txt')
+  assert result.returncode == 2 and 'no prompt given' in result.stderr
+
+
+# --- in this process: the same rules, faster -----------------------------------------------------------
+
+
+def test_a_truncated_checkpoint_is_a_sentence_not_a_traceback(copy):
+  steps = sorted((copy / 'checkpoints').iterdir(), key=lambda p: int(p.name))
+  for path in (steps[-1] / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:7])
+  with pytest.raises(BadInput, match='unreadable checkpoint'):
+    trained.load(copy)
+
+
+def test_changed_data_is_refused(copy, monkeypatch):
+  monkeypatch.setattr(loop.data.tasks.Task, 'fingerprint', 'other', raising=False)
+  original = loop.data.make_source
+
+  def changed(config):
+    source = original(config)
+    source.fingerprint = 'other'
+    return source
+
+  monkeypatch.setattr(loop.data, 'make_source', changed)
+  with pytest.raises(BadInput, match='the data changed since the run began'):
+    loop.run(tiny_run(), copy)
+
+
+def test_safe_changes_are_accepted_and_others_named(copy):
+  workdir.open_workdir(copy, tiny_run(**{'log.every_steps': 2, 'depth.sigma': 0.3}))
+  assert from_json((copy / 'config.json').read_text(), '').log.every_steps == 2
+  with pytest.raises(BadInput, match='optim.learning_rate was 0.002, is 0.5'):
+    workdir.open_workdir(copy, tiny_run(**{'optim.learning_rate': 0.5}))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('do not touch')
+  with pytest.raises(BadInput, match='not the folder of a run'):
+    workdir.open_workdir(tmp_path, tiny_run())
+  assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+
+# --- good input ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished):
+  names = {p.name for p in finished.iterdir()}
+  wanted = {'config.json', 'versions.json', 'metrics.jsonl', 'checkpoints', 'depth_report.html', 'depth_report.png'}
+  assert wanted | {'depth_report.json', 'samples.txt'} <= names
+  report = json.loads((finished / 'depth_report.json').read_text())
+  assert report['mean_depth'] == 6
+  assert {'1', '6', '24'} <= report['loss_by_depth'].keys()
+  records = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  keys = {
+    'step',
+    'loss',
+    'grad_norm',
+    'learning_rate',
+    'n',
+    'k',
+    'tokens_per_second',
+    'data_wait_seconds',
+    'batch_hash',
+  }
+  assert [r['step'] for r in records] == [1, 2, 3, 4] and all(keys <= r.keys() for r in records)
+  assert (finished / 'config.json').read_text() == to_json(tiny_run())
+  assert '<img' in (finished / 'depth_report.html').read_text()
+  assert {p.name for p in (finished / 'checkpoints').iterdir()} == {'2', '4'}
+
+
+def test_a_finished_run_says_so(finished, capsys):
+  assert loop.run(tiny_run(), finished) == loop.DONE
+  assert 'already finished' in capsys.readouterr().out
+
+
+def test_evaluate_and_generate(copy):
+  result = launch('evaluate', 'depths', f'--workdir={copy}', '--depths=3', '--depths=2')
+  assert result.returncode == 0, result.stderr
+  report = json.loads((copy / 'depth_report.json').read_text())
+  assert list(report['loss_by_depth']) == ['1', '2', '3', '6', '24']
+  result = launch(
+    'generate', f'--workdir={copy}', '--prompt=1+1=', '--max_new_tokens=3', '--temperature=1', '--depth=2'
+  )
+  assert result.returncode == 0 and result.stdout.startswith('1+1=')
+
+
+def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
+  result = launch('train', '--config=experiments/huginn_3p5b.py', f'--workdir={tmp_path}/x', '--dry_run')
+  assert result.returncode == 0, result.stderr
+  assert '3,564,976,800' in result.stdout and 'fsdp=32' in result.stdout
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
+  args = [f'--config={tmp_path}/long.py', f'--workdir={tmp_path}/run']
+  (tmp_path / 'long.py').write_text(
+    'import json\nfrom latent_loop.config import from_json, view\n'
+    f'def get_config():\n  return view(from_json({to_json(tiny_run(60))!r}, ""))\n'
+  )
+  command = [sys.executable, '-m', 'launch.train', *args, '--config.checkpoint.every_steps=1000']
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  for line in process.stdout:
+    if line.startswith('step 5/'):
+      process.send_signal(signal.SIGINT)
+      break
+  rest = process.stdout.read()
+  assert process.wait(60) == 10 and 'start the same command again' in rest
+  result = subprocess.run([*command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0 and 'continuing at step' in result.stdout
+  steps = [json.loads(line)['step'] for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_profile_holds_the_scopes(tmp_path):
+  config = tiny_run(6)
+  assert loop.run(config, tmp_path / 'run', profile_steps=(3, 5)) == loop.DONE
+  files = list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
+  assert len(files) == 1
+  content = files[0].read_bytes()
+  assert all(scope in content for scope in (b'prelude', b'core', b'coda', b'loss'))
+  assert time.time() - files[0].stat().st_mtime < 3600
