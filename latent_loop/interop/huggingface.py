@@ -69,21 +69,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, DepthConfig]:
   mean = files.entry(path, values, 'mean_recurrence', int)
   # The reference takes its k as a cap: below it, every iteration carries gradient.
   backprop_depth = min(files.entry(path, values, 'mean_backprop_depth', int), mean)
+  model = {
+    **sizes,
+    'vocab_size': vocab_size,
+    'qk_bias': files.entry(path, values, 'qk_bias', bool),
+    'state_init': _choice(path, values, 'state_init', _STATE_INITS),
+    'norm_eps': _positive(path, values, 'norm_eps'),
+    'rope_base': _positive(path, values, 'rope_base'),
+  }
+  law = _choice(path, values, 'sampling_scheme', _LAWS)
   try:
-    model = ModelConfig(
-      vocab_size=vocab_size,
-      **sizes,
-      qk_bias=files.entry(path, values, 'qk_bias', bool),
-      state_init=_choice(path, values, 'state_init', _STATE_INITS),
-      norm_eps=_positive(path, values, 'norm_eps'),
-      rope_base=_positive(path, values, 'rope_base'),
-      compute_dtype='float32',
-      remat='iteration',
-    )
-    law = _choice(path, values, 'sampling_scheme', _LAWS)
-    return model, DepthConfig(kind=law, mean=mean, backprop_depth=backprop_depth)
+    depth = DepthConfig(kind=law, mean=mean, backprop_depth=backprop_depth)
+    return ModelConfig(**model, compute_dtype='float32', remat='iteration'), depth
   except BadInput as error:
-    raise error if str(error).startswith(str(path)) else BadInput(f'{path}: {error}') from error
+    raise BadInput(f'{path}: {error}') from error
 
 
 def config_to_hf(model: ModelConfig, depth: DepthConfig, block_size: int) -> dict[str, Any]:

@@ -197,19 +197,17 @@ def _optim_config(path: Path, info: dict, i: int) -> OptimConfig:
   betas = files.entry(path, info, 'betas', list)
   if len(betas) != 2:
     raise BadInput(f'{path}: betas={betas!r}; the rule is two numbers from 0 to 1, correct it')
+  values = {
+    'learning_rate': number(info, 'init_lr'),
+    'b1': number({'betas[0]': betas[0]}, 'betas[0]'),
+    'b2': number({'betas[1]': betas[1]}, 'betas[1]'),
+    'eps': number(info, 'eps') if 'eps' in info else _REFERENCE_EPS,
+    'weight_decay': number({f'weight_decay[{i}]': info['weight_decay'][i]}, f'weight_decay[{i}]'),
+  }
   try:
-    return OptimConfig(
-      kind='adam_atan2',
-      learning_rate=number(info, 'init_lr'),
-      b1=number({'betas[0]': betas[0]}, 'betas[0]'),
-      b2=number({'betas[1]': betas[1]}, 'betas[1]'),
-      eps=number(info, 'eps') if 'eps' in info else _REFERENCE_EPS,
-      weight_decay=number({f'weight_decay[{i}]': info['weight_decay'][i]}, f'weight_decay[{i}]'),
-      no_decay=(),
-      clip_norm=None,
-    )
+    return OptimConfig(kind='adam_atan2', **values, no_decay=(), clip_norm=None)
   except BadInput as error:
-    raise error if str(error).startswith(str(path)) else BadInput(f'{path}: {error}') from error
+    raise BadInput(f'{path}: {error}') from error
 
 
 def _tensor_errors(path: Path, i: int, lr: np.ndarray, cfg: OptimConfig) -> float:
