@@ -33,7 +33,7 @@ def describe(config: Config) -> str:
       f'training at n={n} without gradient, k={k} with:',
       f'  forward    {counts.forward(n + k) / 1e9:12.4f}',
       f'  + backward {model / 1e9:12.4f}   (model FLOPs; utilization is reported against this)',
-      f"  + recompute{(model + again) / 1e9:12.4f}   (config.model.remat={config.model.remat!r}, and the logits' chunks)",
+      f"  + recompute{(model + again) / 1e9:12.4f}   (remat {config.model.remat}, and the logits' chunks)",
       f'law {config.depth.kind}: mean depth drawn {depth.expected(config.depth):.2f}',
       '',
       f'mesh as asked: {mesh}',

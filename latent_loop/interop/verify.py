@@ -107,6 +107,11 @@ def _forward_errors(path: Path, inputs: Inputs) -> dict[str, float]:
   by_family = {family: sorted(int(m[2]) for m in matches.values() if m[1] == family) for family in _FAMILIES}
   # At least one depth of each, whichever the file's author chose.
   _refuse_missing(path, ['prelude_out', *(f'{family}{(depths or [1])[0]}' for family, depths in by_family.items())])
+  # A depth with one of its pair, or a gap in the states, is a tensor that got lost.
+  reads = set(by_family['normed_state_r']) | set(by_family['logits_r'])
+  lost = [f'{family}{n}' for family in _FAMILIES[1:] for n in reads - set(by_family[family])]
+  lost += [f'state_{n}' for n in range(1, max(by_family['state_'])) if n not in by_family['state_']]
+  _refuse_missing(path, lost)
   model = build(inputs.cfg, inputs.depth)
   run = lambda depth: _outputs(model, inputs.params, inputs.s_BTD, inputs.batch, jnp.int32(depth))
   errors = {'prelude_out': _abs_error(path, 'prelude_out', run(0)['prelude_out'])}
