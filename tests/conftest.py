@@ -1,0 +1,29 @@
+"""The only place that touches the environment: 8 virtual CPU devices, strict shapes, exact matrix products.
+
+Compiling is nearly all the time of these tests, so XLA is told to optimize little: a third of the time, the
+same mathematics. The numbers a person sees in training come from the optimizing compiler; only speed differs.
+"""
+
+import importlib.metadata
+import os
+
+_FLAGS = [
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+]
+if importlib.metadata.version('jax') < '0.11':  # later versions do not know it, and end the process
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+assert jax.device_count() == 8, (
+  f'the tests need 8 virtual CPU devices and see {jax.devices()}: something imported and used JAX before conftest.py'
+)
