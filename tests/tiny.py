@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from latent_loop.batch import Batch
 from latent_loop.config import Config, MeshConfig, seal, view
 from latent_loop.model import Model, build
 from latent_loop.model.layers import Rows
 from latent_loop.parallel import sharding
+from latent_loop.step import TrainState
 
 # Pairwise different, and divisible by what the meshes of the tests need.
 B, T, D, N, H, F, V, K = 8, 10, 48, 4, 12, 40, 68, 3  # K: backprop_depth
@@ -42,10 +44,22 @@ def tiny_model(**overrides: Any) -> Model:
 
 
 def random_params(model: Model, seed: int = 0) -> dict[str, Any]:
-  """Initial parameters plus noise, so that no bias is zero and no scale is one."""
-  leaves, treedef = jax.tree.flatten(jax.jit(model.init)(jax.random.key(seed)))
+  """Parameters of the usual sizes in which no bias is zero and no scale is one; made without compiling `init`."""
   rng = np.random.default_rng(seed)
-  return treedef.unflatten([p + jnp.float32(0.05 * rng.standard_normal(p.shape)) for p in leaves])
+
+  def one(keypath, shape):
+    noise = rng.standard_normal(shape.shape)
+    kernel = sharding.path_of(keypath).endswith(('/kernel', '/embedding', '/b'))
+    return np.float32(0.15 * noise if kernel else 0.1 * noise + sharding.path_of(keypath).endswith('/scale'))
+
+  return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def start_state(config: Config, model: Model, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+  """A train state at step 0 around random_params, on the host."""
+  params = random_params(model, seed)
+  ema = jax.tree.map(np.copy, params) if config.optim.ema_decay else None
+  return jax.device_get(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema))
 
 
 def random_batch(seed: int = 0, rows: int = B, seq_len: int = T, vocab_size: int = V, pad: int = 0) -> Batch:
