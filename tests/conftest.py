@@ -16,9 +16,7 @@ if importlib.metadata.version('jax') < '0.11':  # later versions do not know it,
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Unoptimized code: the tests' time is compile time.
-_FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'.strip()
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import jax  # noqa: E402
