@@ -93,17 +93,18 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
       wait_secs = time.perf_counter() - wait_start
       this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
       logger.take(step + 1, metrics, batch.hash(), wait_secs)
-      leaving = stop.requested or step + 1 == total
-      if leaving:
+      stopping, last = stop.requested, step + 1 == total
+      saving = stopping or last or (step + 1) % config.checkpoint.every_steps == 0
+      if saving:  # look at this step's numbers first, and write them: a resume begins behind them
         logger.flush()
       if logger.non_finite:
         return NON_FINITE
-      if leaving or (step + 1) % config.checkpoint.every_steps == 0:
+      if saving:
         save(this, step + 1)
-      if stop.requested and step + 1 < total:
+      if stopping and not last:
         say(f'stopped at step {step + 1}, saved; start the same command again to continue')
         return PREEMPTED
-      if (step + 1) % config.eval.every_steps == 0 and step + 1 < total:
+      if (step + 1) % config.eval.every_steps == 0 and not last:
         evaluate(this, step + 1)
   finish(this)
   return DONE

@@ -16,10 +16,9 @@ _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most
 
 
 def main(argv: list[str]) -> int:
+  workdir, prompts = program.workdir_of(_WORKDIR.value), _prompts()
   from latent_loop import trained
 
-  workdir = program.workdir_of(_WORKDIR.value)
-  prompts = _prompts()
   model = trained.load(workdir)
   depth = model.config.depth.mean if _DEPTH.value is None else _DEPTH.value
   texts = trained.sample(model, prompts, depth, _NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value)

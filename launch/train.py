@@ -11,14 +11,16 @@ _PROFILE = flags.DEFINE_string('profile_steps', None, 'first:last, steps to trac
 
 
 def main(argv: list[str]) -> int:
-  from latent_loop import dry_run, loop
-
   config = program.sealed(_CONFIG)
   if _DRY_RUN.value:
+    from latent_loop import dry_run
+
     print(dry_run.describe(config))
     return 0
-  profile_steps = program.step_range(_PROFILE.value)
-  return loop.run(config, program.workdir_of(_WORKDIR.value), profile_steps)
+  workdir, profile_steps = program.workdir_of(_WORKDIR.value), program.step_range(_PROFILE.value)
+  from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
+
+  return loop.run(config, workdir, profile_steps)
 
 
 if __name__ == '__main__':
