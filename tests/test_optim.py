@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.tiny import leaves_by_path, mesh_of, random_batch, start_state, tiny_config, tiny_model
 
 from latent_loop.model import build
 from latent_loop.optim import decay_mask, make_optimizer, make_schedule, muon_dimensions
@@ -14,6 +13,7 @@ from latent_loop.parallel import sharding
 from latent_loop.parallel.sharding import path_of
 from latent_loop.step import make_train_step
 from latent_loop.trained import place
+from tests.tiny import leaves_by_path, mesh_of, random_batch, start_state, tiny_config, tiny_model
 
 
 def shapes(**overrides):
