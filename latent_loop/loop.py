@@ -95,14 +95,15 @@ def train(this: Run, profile_steps: tuple[int, int] | None) -> int:
       wait_secs = time.perf_counter() - wait_start
       this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
       finite = logger.step(step + 1, metrics, batch.hash(), wait_secs)
-      last = step + 1 == config.train.num_steps
-      if last or stop.requested:
+      last, stopping = step + 1 == config.train.num_steps, stop.requested
+      saving = last or stopping or (step + 1) % config.checkpoint.every_steps == 0
+      if saving:  # look at this step's numbers first, and write them: a resume begins behind them
         finite = logger.flush() and finite
       if not finite:
         return NON_FINITE
-      if last or stop.requested or (step + 1) % config.checkpoint.every_steps == 0:
+      if saving:
         save(this, step + 1)
-      if stop.requested and not last:
+      if stopping and not last:
         say(f'stopped at step {step + 1}, saved; start the same command again to continue')
         return PREEMPTED
       if (step + 1) % config.eval.every_steps == 0 and not last:
