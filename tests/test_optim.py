@@ -65,7 +65,7 @@ def test_adam_atan2_at_the_peak_rate_shrinks_a_weight_by_exactly_weight_decay():
 def test_weight_decay_spares_exactly_norms_biases_injection_vectors_and_the_projected_exit():
   params = shapes(**{'model.injection': 'diagonal', 'model.core_exit': 'projection', 'model.prelude_norm': True})
   spared = paths_where(decay_mask(tiny_config().optim, params), lambda decays: not decays)
-  blocks = ['prelude/0', 'core/0', 'core/1', 'coda/0']
+  blocks = ['prelude/0', 'core/0', 'coda/0']
   want = {f'{block}/norm_{i}/scale' for block in blocks for i in (1, 2, 3, 4)}
   want |= {f'{block}/attn/{name}/bias' for block in blocks for name in 'qk'}
   want |= {'final_norm/scale', 'prelude_norm/scale', 'injection/log_a', 'injection/dt_bias', 'injection/b'}
@@ -76,7 +76,7 @@ def test_weight_decay_spares_exactly_norms_biases_injection_vectors_and_the_proj
 def test_weight_decay_reaches_the_linear_injection_and_the_embedding():
   decayed = paths_where(decay_mask(tiny_config().optim, shapes()), lambda decays: decays)
   names = ['attn/q', 'attn/k', 'attn/v', 'attn/out', 'mlp/gate', 'mlp/up', 'mlp/down']
-  blocks = ['prelude/0', 'core/0', 'core/1', 'coda/0']
+  blocks = ['prelude/0', 'core/0', 'coda/0']
   want = {f'{block}/{name}/kernel' for block in blocks for name in names}
   assert decayed == want | {'injection/kernel', 'embed/embedding'}
 
@@ -134,7 +134,6 @@ def test_muon_train_step_lowers_the_loss_and_the_moving_average_follows_the_para
   config = tiny_config(
     **{
       'model.num_prelude_layers': 0,
-      'model.num_core_layers': 1,
       'model.num_coda_layers': 0,
       'model.state_init': 'zero',
       'depth.kind': 'fixed',

@@ -56,7 +56,7 @@ def test_widths_lie_on_fsdp_and_heads_and_hidden_units_on_tensor():
 
 def test_the_initial_state_really_lies_where_the_table_says():
   """The whole state is born under its shardings: moments made by a bare optimizer.init end up on one device."""
-  config = tiny_config(**{'model.num_prelude_layers': 0, 'model.num_coda_layers': 0, 'model.num_core_layers': 1})
+  config = tiny_config(**{'model.num_prelude_layers': 0, 'model.num_coda_layers': 0})
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, 20), mesh_of(2, 2, 2))
   state = init()

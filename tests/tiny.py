@@ -22,6 +22,7 @@ _SIZES = {
   'model.width': D,
   'model.num_heads': N,
   'model.mlp_dim': F,
+  'model.num_core_layers': 1,
   'depth.mean': 6,
   'depth.backprop_depth': K,
   'data.seq_len': T,
