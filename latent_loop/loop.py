@@ -1,7 +1,6 @@
 """The training loop: restore, then batch, step, log, save, evaluate; the only stateful file."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
 from latent_loop.evals import depth as depth_eval
 from latent_loop.interrupt import StopRequest
-from latent_loop.metrics import make_writers
+from latent_loop.metrics import JsonLines, make_writers
 from latent_loop.model import Model, build, cost
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import sharding
@@ -106,6 +105,7 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
         return PREEMPTED
       if (step + 1) % config.eval.every_steps == 0 and not last:
         evaluate(this, step + 1)
+        logger.restart_clock()
   finish(this)
   return DONE
 
@@ -134,8 +134,9 @@ def evaluate(this: Run, step: int) -> dict[str, Any]:
   losses = ', '.join(f'{numbers["loss_by_depth"][str(r)]:.4f} at depth {r}' for r in sorted({1, mean, 4 * mean}))
   say(f'validation at step {step}: loss {losses}')
   if jax.process_index() == 0:
-    with (this.workdir / 'evals.jsonl').open('a') as file:
-      file.write(json.dumps(numbers) + '\n')
+    evals = JsonLines(this.workdir / 'evals.jsonl', keep_through=step - 1)
+    evals.write(step, numbers)
+    evals.close()
   return numbers
 
 
@@ -175,7 +176,7 @@ class Logger:
     self._writers = make_writers(this.config.log, this.workdir, this.start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
     self.non_finite = False
-    self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
+    self.restart_clock()
     peak = cost.peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * this.mesh.size if peak else None
 
@@ -225,6 +226,10 @@ class Logger:
     say(f'{line}  {left_secs // 60}m{left_secs % 60:02d}s left')
     for writer in self._writers:
       writer.write(step, values)
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Speeds are measured from here: after a line is written, and after an evaluation, which is no training."""
     self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
 
   def __exit__(self, *exception: object) -> None:

@@ -32,12 +32,12 @@ class Mean:
 
 
 class JsonLines:
-  """Appends one JSON object per line; after a resume, lines past the restored step are dropped."""
+  """Appends one JSON object per line; lines past step `keep_through`, which a resume does again, are dropped."""
 
-  def __init__(self, path: Path, resume_step: int):
+  def __init__(self, path: Path, keep_through: int):
     if path.exists():
       lines = path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if _step_of(line) <= resume_step]
+      kept = [line for line in lines if _step_of(line) <= keep_through]
       if len(kept) != len(lines):
         path.write_text(''.join(kept))
     self._file = path.open('a')
