@@ -104,6 +104,7 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
         say(f'stopped at step {step + 1}, saved; start the same command again to continue')
         return PREEMPTED
       if (step + 1) % config.eval.every_steps == 0 and not last:
+        logger.flush()
         evaluate(this, step + 1)
         logger.restart_clock()
   finish(this)

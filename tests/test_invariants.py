@@ -439,7 +439,8 @@ _PRINT_DRAWS = """
 import jax, json
 from latent_loop.config import DepthConfig
 from latent_loop.model import depth
-draw = jax.jit(lambda step: depth.draw(DepthConfig(mean=6, backprop_depth=4), jax.random.fold_in(jax.random.key(0), step), step))
+cfg, key = DepthConfig(mean=6, backprop_depth=4), jax.random.key(0)
+draw = jax.jit(lambda step: depth.draw(cfg, jax.random.fold_in(key, step), step))
 print(json.dumps([[int(x) for x in draw(step)] for step in range(20)]))
 """
 
