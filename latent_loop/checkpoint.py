@@ -12,15 +12,18 @@ from orbax.checkpoint import v1 as ocp
 
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput
+from latent_loop.parallel.sharding import path_of
 
 FORMAT = 1  # 1: first
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. Close it: a save may still be under way."""
+  """The checkpoints of one workdir. Close it: a save may still be under way.
 
-  def __init__(self, workdir: Path, cfg: CheckpointConfig):
-    self._cfg = cfg
+  read_only: another process may be writing here, so leave its unfinished saves alone.
+  """
+
+  def __init__(self, workdir: Path, cfg: CheckpointConfig, read_only: bool = False):
     keep = ocp.training.preservation_policies
     policies = [keep.LatestN(cfg.keep_last)]
     if cfg.keep_every_steps:
@@ -30,12 +33,14 @@ class Checkpoints:
     context = ocp.Context()
     context.checkpointables.registry = registry
     self.directory = (workdir / 'checkpoints').absolute()
+    if read_only and not self.directory.is_dir():
+      raise BadInput(f'{self.directory}: no checkpoint yet; train for at least one save interval first')
     self._orbax = ocp.training.Checkpointer(
       str(self.directory),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=keep.AnyPreservationPolicy(policies),
       context=context,
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not read_only,
     )
 
   def latest_step(self) -> int | None:
@@ -47,8 +52,8 @@ class Checkpoints:
     meta = {'format': FORMAT, 'step': step, 'arrays': describe(state), **meta}
     self._orbax.save_checkpointables_async(step, {'state': state, 'meta': meta})
 
-  def restore(self, step: int, shapes: Any, specs: Any, fingerprint: str | None) -> Any:
-    """The train state at `step`, laid out by `specs`.
+  def restore(self, step: int, shapes: Any, specs: Any, fingerprint: str | None, only: tuple[str, ...] = ()) -> Any:
+    """The train state at `step`, laid out by `specs`; with `only`, just the arrays under these names.
 
     Raises BadInput when its arrays or its data are not those of this run: names the first difference.
     """
@@ -67,16 +72,24 @@ class Checkpoints:
         f'{path}: the data changed since the run began (fingerprint {meta["data_fingerprint"]} then, {fingerprint} '
         'now), so it cannot continue exactly; restore the data and the Python version, or start a new workdir'
       )
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, specs)
-    return self._load(step, {'state': target})['state']
+
+    def target(keypath, a, spec):
+      wanted = not only or path_of(keypath).split('/')[0] in only
+      return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec) if wanted else ocp.PLACEHOLDER
+
+    return self._load(step, {'state': jax.tree_util.tree_map_with_path(target, shapes, specs)})['state']
 
   def _load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+    path = self.directory / str(step)
     try:
-      return self._orbax.load_checkpointables(step, target)
-    except (ocp.errors.InvalidLayoutError, FileNotFoundError, KeyError, ValueError) as error:
-      path = self.directory / str(step)
+      loaded = self._orbax.load_checkpointables(step, target)
+      if 'meta' in loaded and (not isinstance(loaded['meta'], dict) or loaded['meta'].get('format') != FORMAT):
+        raise ValueError(f'meta is not of format {FORMAT}')
+      return loaded
+    except (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError) as error:
+      reason = ' '.join(str(error).split())[:200]
       raise BadInput(
-        f'{path}: unreadable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); '
+        f'{path}: unreadable checkpoint ({type(error).__name__}: {reason}); '
         'move this folder away and start again to use the one before it'
       ) from error
 
@@ -94,5 +107,4 @@ class Checkpoints:
 def describe(tree: Any) -> dict[str, str]:
   """path -> 'float32[128,384]' for every array of `tree`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
-  return {name(path): f'{leaf.dtype}{list(leaf.shape)}'.replace(' ', '') for path, leaf in leaves}
+  return {path_of(path): f'{leaf.dtype}{list(leaf.shape)}'.replace(' ', '') for path, leaf in leaves}

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -64,6 +66,8 @@ class ModelConfig:
     for name in ('num_prelude_layers', 'num_coda_layers'):
       value = vars(self)[name]
       _require(value >= 0, f'config.model.{name}={value} is negative; give 0 or more')
+    _require(self.norm_eps > 0, f'config.model.norm_eps={self.norm_eps} must be positive')
+    _require(self.rope_base > 1, f'config.model.rope_base={self.rope_base} must be above 1; the paper uses 50000')
     _require(
       self.width % (2 * self.num_heads) == 0,
       f'config.model.width={self.width} with num_heads={self.num_heads}: rotary embedding needs an '
@@ -153,10 +157,28 @@ class OptimConfig:
         f'config.optim.{name}_steps={steps} and {name}_fraction={fraction}: give one of them, '
         'steps from 0 or a fraction from 0 to 1',
       )
-    for name, value in (('b1', self.b1), ('b2', self.b2), ('ema_decay', self.ema_decay or 0.0)):
-      _require(0 <= value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
-    clip = self.clip_norm
-    _require(clip is None or clip > 0, f'config.optim.clip_norm={clip} must be positive, or None for no clipping')
+    for name in ('b1', 'b2', 'muon_momentum', 'ema_decay'):
+      value = vars(self)[name]
+      _require(value is None or 0 <= value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
+    for name in ('eps', 'clip_norm', 'adam_learning_rate'):
+      value = vars(self)[name]
+      _require(value is None or value > 0, f'config.optim.{name}={value} must be positive')
+    decay, final = self.weight_decay, self.final_lr_fraction
+    _require(decay >= 0, f'config.optim.weight_decay={decay} is negative; give 0 or more')
+    _require(0 <= final <= 1, f'config.optim.final_lr_fraction={final} must lie between 0 and 1')
+    for pattern in self.no_decay:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise BadInput(f'config.optim.no_decay: {pattern!r} is not a regular expression ({error})') from error
+
+  def warmup_of(self, num_steps: int) -> int:
+    """Steps of warm-up in a run of num_steps."""
+    return self.warmup_steps or round(self.warmup_fraction * num_steps)
+
+  def cooldown_of(self, num_steps: int) -> int:
+    """Steps of cooldown in a run of num_steps."""
+    return self.cooldown_steps or round(self.cooldown_fraction * num_steps)
 
 
 @dataclass(frozen=True)
@@ -178,6 +200,7 @@ class TrainConfig:
       f'config.train.batch_size={self.batch_size} does not divide into num_microbatches='
       f'{self.num_microbatches}; use a multiple',
     )
+    _require(self.z_loss >= 0, f'config.train.z_loss={self.z_loss} is negative; give 0 or more')
 
 
 @dataclass(frozen=True)
@@ -259,6 +282,13 @@ class Config:
       seq_len % min(chunk, seq_len) == 0,
       f'config.train.loss_chunk={chunk} does not divide config.data.seq_len={seq_len}; use a divisor',
     )
+    steps = self.train.num_steps
+    ramps = self.optim.warmup_of(steps) + self.optim.cooldown_of(steps)
+    _require(
+      ramps <= steps,
+      f'config.optim: warm-up and cooldown take {ramps} steps, more than config.train.num_steps={steps}; shorten '
+      'them or train longer',
+    )
     _require(0 <= self.seed < 2**31, f'config.seed={self.seed} must lie in [0, 2**31): it seeds every random draw')
 
 
@@ -334,6 +364,7 @@ def _seal_value(value: Any, hint: Any, path: str) -> Any:
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   _require(type(value) is hint, f'{path}={value!r}: a {type(value).__name__}; the rule is {hint.__name__}, give one')
+  _require(hint is not float or math.isfinite(value), f'{path}={value!r}: not a finite number; give one')
   return value
 
 
@@ -348,9 +379,10 @@ def from_json(text: str, path: str) -> Config:
   """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
   try:
     values = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise BadInput(f'{path}: not a JSON file ({error}); restore it from a backup or start a new workdir') from error
-  return seal(values)
+    _require(isinstance(values, dict), 'not a JSON object')
+    return seal(values)
+  except ValueError as error:  # of json, or BadInput
+    raise BadInput(f'{path}: not a sealed config ({error}); restore the file, or start a new workdir') from error
 
 
 def fingerprint(config: Config) -> str:

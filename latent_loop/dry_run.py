@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from latent_loop import data
 from latent_loop.config import Config, fingerprint, to_json
 from latent_loop.evals.depth import default_depths
 from latent_loop.model import build, cost, depth
@@ -9,6 +10,7 @@ from latent_loop.model import build, cost, depth
 
 def describe(config: Config) -> str:
   """The text that `train --dry_run` prints."""
+  data.check_name(config.data)
   counts = cost.count(build(config.model, config.depth), config.data.seq_len)
   k = config.depth.backprop_depth
   n = max(config.depth.mean - k, 0)

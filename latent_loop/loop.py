@@ -13,14 +13,16 @@ from latent_loop import data, trained
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
+from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
 from latent_loop.interrupt import StopRequest
 from latent_loop.metrics import JsonLines, make_writers
 from latent_loop.model import Model, build, cost
+from latent_loop.model.layers import check_attention
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import sharding
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
-from latent_loop.workdir import open_workdir
+from latent_loop.workdir import open_workdir, update_config
 
 DONE, PREEMPTED, NON_FINITE = 0, 10, 11  # exit codes
 
@@ -44,9 +46,10 @@ class Run:
 
 
 def prepare(config: Config, workdir: Path) -> Run:
-  """Everything up to the first step, with the newest checkpoint restored; raises BadInput before it writes."""
+  """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  check_attention(config.model)
   source = data.make_source(config)
   batches = Batches(
     source.rows('train'), config.seed, config.train.batch_size, jax.process_index(), jax.process_count()
@@ -84,9 +87,9 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
   if finished_before(this):
     return DONE
   total, key = config.train.num_steps, jax.random.key(config.seed)
-  with StopRequest() as stop, Logger(this) as logger, this.checkpoints:
+  with this.checkpoints, StopRequest() as stop, Logger(this) as logger, Profiler(this, profile_steps) as profiler:
     for step in range(this.start, total):
-      profile(workdir, step, profile_steps)
+      profiler.before(step)
       wait_start = time.perf_counter()
       batch = this.batches.batch(step)
       wait_secs = time.perf_counter() - wait_start
@@ -116,10 +119,14 @@ def finished_before(this: Run) -> bool:
   total = this.config.train.num_steps
   if this.start:
     say(f'{this.workdir}: continuing at step {this.start} of {total}')
-  done = this.start >= total and (this.workdir / 'depth_report.json').exists()
+  files = ['depth_report.json', *(['samples.txt'] if this.config.eval.sample_tokens else [])]
+  done = this.start >= total and all((this.workdir / name).exists() for name in files)
   if done:
     this.checkpoints.close()
     say(f'{this.workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
+  elif this.start:
+    for line in update_config(this.workdir, this.config):
+      say(f'changed since the run began: {line}')
   return done
 
 
@@ -149,19 +156,42 @@ def finish(this: Run) -> None:
   paths = []
   if this.config.eval.sample_tokens:
     paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
-  # Last, since the report marks the run as finished.
   paths += trained.write_depth_report(done, this.workdir, numbers)
   say('\n'.join(depth_eval.table(numbers)))
   say('wrote ' + ' '.join(map(str, paths)))
 
 
-def profile(workdir: Path, step: int, steps: tuple[int, int] | None) -> None:
-  """Traces the steps in [first, last) of `steps` with jax.profiler."""
-  if steps and step == steps[0]:
-    jax.profiler.start_trace(str(workdir / 'profile'))
-  if steps and step == steps[1]:
+class Profiler:
+  """Traces the steps from `steps[0]` up to, not including, `steps[1]` with jax.profiler, under workdir/profile."""
+
+  def __init__(self, this: Run, steps: tuple[int, int] | None):
+    total = this.config.train.num_steps
+    if steps and not this.start <= steps[0] < steps[1] <= total:
+      raise BadInput(
+        f'--profile_steps={steps[0]}:{steps[1]} lies outside the steps to do, {this.start}:{total}; '
+        'choose a range inside'
+      )
+    self._steps, self._folder, self._tracing = steps, this.workdir / 'profile', False
+
+  def __enter__(self) -> 'Profiler':
+    return self
+
+  def before(self, step: int) -> None:
+    """Starts or stops the trace ahead of `step`."""
+    if self._steps and step == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._tracing = True
+    elif self._steps and step == self._steps[1]:
+      self._stop()
+
+  def _stop(self) -> None:
     jax.profiler.stop_trace()
-    say(f'wrote the profile of steps {steps[0]} to {steps[1]} under {workdir / "profile"}')
+    self._tracing = False
+    say(f'wrote a profile to {self._folder}')
+
+  def __exit__(self, *exception: object) -> None:
+    if self._tracing:
+      self._stop()
 
 
 class Logger:
@@ -176,7 +206,7 @@ class Logger:
     self._cost = cost.count(this.model, this.config.data.seq_len)
     self._writers = make_writers(this.config.log, this.workdir, this.start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
-    self.non_finite = False
+    self.non_finite, self._first = False, True
     self.restart_clock()
     peak = cost.peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * this.mesh.size if peak else None
@@ -186,27 +216,30 @@ class Logger:
 
   def take(self, step: int, metrics: dict[str, jax.Array], batch_hash: str, wait_secs: float) -> None:
     """Takes this step's metrics and handles those of the step before."""
+    self._wait_secs += wait_secs
     self.flush()
-    self._pending = (step, metrics, batch_hash, wait_secs)
+    self._pending = (step, metrics, batch_hash)
 
   def flush(self) -> None:
     """Handles the pending step; sets `non_finite` when its loss or gradient was not."""
     if self._pending is None:
       return
-    (step, metrics, batch_hash, wait_secs), self._pending = self._pending, None
+    (step, metrics, batch_hash), self._pending = self._pending, None
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     self._steps += 1
-    self._wait_secs += wait_secs
     self._flops += self._cost.train(values['n'], values['k'])
-    if not math.isfinite(values['loss'] + values['grad_norm']):
+    if not all(math.isfinite(values[name]) for name in ('loss', 'grad_norm', 'param_norm')):
       say(
-        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]} '
-        f'at depth {values["n"]}+{values["k"]}, '
-        f'batch {batch_hash}: not finite; nothing was saved since. Lower config.optim.learning_rate, start again'
+        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, parameter norm '
+        f'{values["param_norm"]} at depth {values["n"]}+{values["k"]}, batch {batch_hash}: not finite, and not saved. '
+        'The same command would come here again: lower config.optim.learning_rate in a new --workdir'
       )
       self.non_finite = True
     elif step % self._this.config.log.every_steps == 0 or step == self._this.config.train.num_steps:
       self._write(step, values, batch_hash)
+    elif self._first:
+      self.restart_clock()  # the first step was compiled
+    self._first = False
 
   def _write(self, step: int, values: dict[str, Any], batch_hash: str) -> None:
     config = self._this.config

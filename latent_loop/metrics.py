@@ -1,7 +1,9 @@
 """Averages that add up, and the writers of metrics: JSON lines always, others when asked for."""
 
 import dataclasses
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,13 @@ class Mean:
     return self.total / jnp.maximum(self.weight, 1)
 
 
+def finite(values: Any) -> Any:
+  """`values` with None for every number that JSON cannot write."""
+  if isinstance(values, dict):
+    return {name: finite(value) for name, value in values.items()}
+  return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 class JsonLines:
   """Appends one JSON object per line; lines past step `keep_through`, which a resume does again, are dropped."""
 
@@ -43,7 +52,7 @@ class JsonLines:
     self._file = path.open('a')
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.write(json.dumps(finite({'step': step, **values})) + '\n')
     self._file.flush()
 
   def close(self) -> None:
@@ -85,7 +94,8 @@ class WeightsAndBiases:
         f'config.log.wandb_project={project!r}: the package wandb is not installed; '
         'pip install -r launch/requirements/wandb.txt, or leave the project empty'
       ) from error
-    self._run = wandb.init(project=project, dir=str(workdir), id=workdir.name, resume='allow')
+    name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    self._run = wandb.init(project=project, dir=str(workdir), id=name, name=workdir.name, resume='allow')
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._run.log(values, step=step)

@@ -100,7 +100,8 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
       ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
     metrics = {
       'loss': loss,
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),
       'learning_rate': schedule(state.step),
       'n': n,
       'k': k,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from latent_loop import data
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
-from latent_loop.config import Config
+from latent_loop.config import Config, MeshConfig
 from latent_loop.data import tokenizer
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -25,7 +26,8 @@ from latent_loop.report import depth_report
 from latent_loop.step import make_sharded_state
 from latent_loop.workdir import read_config
 
-VALIDATION_SEED = 0  # the validation rows are the same in every run of a source
+VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run
+_LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +42,19 @@ class Trained:
 
 
 def load(workdir: Path) -> Trained:
-  """The newest checkpoint of `workdir`; raises BadInput when there is none or it does not fit its config."""
+  """The newest checkpoint of `workdir` on the devices of this machine, whatever mesh it was trained on.
+
+  Raises BadInput when there is none or it does not fit its config. Only reads: the run may be going on.
+  """
   config = read_config(workdir)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(MeshConfig())
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
-  checkpoints = Checkpoints(workdir, config.checkpoint)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise BadInput(f'{workdir}/checkpoints holds no checkpoint yet; train for at least one save interval first')
-  state = checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint=None)
-  checkpoints.close()
+  with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+    step = checkpoints.latest_step()
+    if step is None:
+      raise BadInput(f'{checkpoints.directory}: no checkpoint yet; train for at least one save interval first')
+    state = checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint=None, only=('params', 'ema'))
   return Trained(config, model, state.averaged_params, mesh, step)
 
 
@@ -65,15 +69,18 @@ def make_evaluator(
 ) -> Callable[[Params, int], dict[str, Any]]:
   """(params, step) -> numbers by depth over config.eval.num_batches validation batches; compiles once.
 
-  The keys of the numbers are those of depth_report.json.
+  The keys of the numbers are those of depth_report.json. It reads a microbatch at a time, so what fits in
+  training fits here. Raises BadInput when that does not divide over the mesh.
   """
-  rows = source.rows('validation')
-  batches = Batches(rows, VALIDATION_SEED, config.train.batch_size, jax.process_index(), jax.process_count())
+  passes = config.train.num_microbatches
+  sharding.check_batch(config.train.batch_size, passes, mesh)
+  rows, size = source.rows('validation'), config.train.batch_size // passes
+  batches = Batches(rows, VALIDATION_SEED, size, jax.process_index(), jax.process_count())
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
 
   def numbers(params: Params, step: int) -> dict[str, Any]:
     means = None
-    for i in range(config.eval.num_batches):
+    for i in range(config.eval.num_batches * passes):
       key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
       # Awaited each time: many steps in flight deadlock on virtual CPU devices.
       new = jax.block_until_ready(evaluate(params, place(batches.batch(i), mesh), key))
@@ -100,12 +107,15 @@ def sample(
   """The text that follows each prompt; raises BadInput for an empty prompt list or a depth below 1."""
   if not prompts:
     raise BadInput('--prompt: no prompt given; give --prompt=TEXT or --prompts=FILE with one per line')
-  if depth < 1 or new_tokens < 1 or temperature < 0:
-    raise BadInput(
-      f'--depth={depth} --max_new_tokens={new_tokens} --temperature={temperature}: depth and tokens start at 1, '
-      'temperature at 0 (greedy)'
-    )
-  encoded = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
+  for flag, value, low in (('--depth', depth, 1), ('--max_new_tokens', new_tokens, 1), ('--seed', seed, 0)):
+    if not low <= value <= _LARGEST:
+      raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {_LARGEST}')
+  if not (math.isfinite(temperature) and temperature >= 0):
+    raise BadInput(f'--temperature={temperature}: not a number from 0 (greedy) up; 0.7 is usual')
+  try:
+    encoded = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
+  except UnicodeEncodeError as error:
+    raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
   width = max(map(len, encoded)) + new_tokens
   tokens = jax.numpy.array([row + [tokenizer.PAD] * (width - len(row)) for row in encoded])
   lengths = jax.numpy.array([len(row) for row in encoded])

@@ -18,22 +18,42 @@ SAFE = (
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
-  """Creates the folder for `config`, or checks that it is this config's folder.
+  """Makes the folder of `config`, or checks that it is this config's folder and leaves it as it is.
 
-  Raises BadInput, naming the fields, when it belongs to a config that differs in more than SAFE values.
+  Raises BadInput, naming the fields, when it belongs to a config that differs in more than SAFE values, and
+  when it cannot be made or written.
   """
   path = workdir / 'config.json'
-  if path.exists():
-    old = from_json(path.read_text(), str(path))
-    changed = {key: pair for key, pair in differences(old, config).items() if not key.startswith(SAFE)}
-    if changed:
-      what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
-      raise BadInput(f'{workdir} belongs to another config: {what}; undo the change, or give another --workdir')
-  elif workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-    raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write(path, to_json(config))
-  _write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
+  try:
+    if path.exists():
+      _check_owner(workdir, config)
+      return
+    if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+      raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
+    _write(path, to_json(config))
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
+
+
+def _check_owner(workdir: Path, config: Config) -> None:
+  changed = {k: v for k, v in differences(read_config(workdir), config).items() if not k.startswith(SAFE)}
+  if changed:
+    what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
+    raise BadInput(f'{workdir} belongs to another config: {what}; undo the change, or give another --workdir')
+
+
+def update_config(workdir: Path, config: Config) -> list[str]:
+  """Writes the safe changes of a run that goes on; returns them, and changed versions, as lines to show.
+
+  versions.json stays as it was: the versions that the run began with.
+  """
+  lines = [f'{key} was {a!r}, is now {b!r}' for key, (a, b) in differences(read_config(workdir), config).items()]
+  _write(workdir / 'config.json', to_json(config))
+  path = workdir / 'versions.json'
+  then, now = json.loads(path.read_text())['packages'] if path.exists() else {}, versions(config)['packages']
+  return lines + [f'{name} was {v}, is now {now[name]}' for name, v in then.items() if now.setdefault(name, v) != v]
 
 
 def read_config(workdir: Path) -> Config:
@@ -41,7 +61,10 @@ def read_config(workdir: Path) -> Config:
   path = workdir / 'config.json'
   if not path.is_file():
     raise BadInput(f'{workdir}: no config.json, so it is not the folder of a run; give the --workdir of a training run')
-  return from_json(path.read_text(), str(path))
+  try:
+    return from_json(path.read_text(encoding='utf-8'), str(path))
+  except (OSError, UnicodeDecodeError) as error:
+    raise BadInput(f'{path}: cannot be read ({error}); restore it, or start a new workdir') from error
 
 
 def versions(config: Config) -> dict[str, object]:

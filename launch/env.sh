@@ -1,10 +1,13 @@
-# Sourced by the shell scripts: makes .venv once, installs requirements when they change, activates it.
-# Usage: source launch/env.sh [more requirement files]; PYTHON=... chooses the interpreter.
+# Sourced by the shell scripts, which then call: ensure_environment FILE...
+# It makes .venv once, installs requirements.txt and the FILEs when they change, and activates .venv.
+# PYTHON=... chooses the interpreter.
+
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if "$candidate" -c "$supported" 2>/dev/null; then
       echo "$candidate"
       return
     fi
@@ -14,21 +17,26 @@ find_python() {
   return 2
 }
 
-requirements=(requirements.txt "$@")
-if [ ! -x .venv/bin/python ]; then
-  interpreter=$(find_python) || exit 2
-  echo "making .venv with $("$interpreter" --version)"
-  "$interpreter" -m venv .venv
-fi
-source .venv/bin/activate
-python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-  echo "error: .venv has $(python --version), and Python 3.11 to 3.13 is needed; remove .venv and start again" >&2
-  exit 2
+ensure_environment() {
+  local interpreter wanted stamp options=() file
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # absent, or left half made
+    interpreter=$(find_python) || exit 2
+    echo "making .venv with $("$interpreter" --version)"
+    "$interpreter" -m venv --clear .venv
+  fi
+  source .venv/bin/activate
+  python -c "$supported" || {
+    echo "error: .venv has $(python --version), and Python 3.11 to 3.13 is needed; remove .venv and start again" >&2
+    exit 2
+  }
+  for file in requirements.txt "$@"; do
+    options+=(-r "$file")
+    stamp=.venv/installed-$(basename "$file")
+  done
+  wanted=$(cat requirements.txt "$@" | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing requirements.txt $*"
+    python -m pip install --quiet --disable-pip-version-check "${options[@]}"
+    echo "$wanted" >"$stamp"
+  fi
 }
-wanted=$(cat "${requirements[@]}" | cksum)
-stamp=.venv/installed-$(basename "${requirements[-1]}")
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  echo "installing ${requirements[*]}"
-  python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "${requirements[@]}")
-  echo "$wanted" > "$stamp"
-fi

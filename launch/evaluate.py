@@ -8,13 +8,11 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _DEPTHS = flags.DEFINE_multi_integer('depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean')
 
 
-def main(argv: list[str]) -> int:
+def main(verb: str) -> int:
   from latent_loop import data, trained
-  from latent_loop.errors import BadInput
   from latent_loop.evals import depth as depth_eval
 
-  if argv != ['depths']:
-    raise BadInput(f'launch.evaluate {" ".join(argv)}: the verb is missing or unknown; say launch.evaluate depths')
+  del verb  # there is one so far
   workdir = program.workdir_of(_WORKDIR.value)
   model = trained.load(workdir)
   mean = model.config.depth.mean
@@ -31,4 +29,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  program.run(main)
+  program.run(main, verbs=('depths',))

@@ -15,7 +15,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'seed of the initial state and of sampli
 _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most')
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   workdir, prompts = program.workdir_of(_WORKDIR.value), _prompts()
   from latent_loop import trained
 
@@ -37,7 +37,10 @@ def _prompts() -> list[str]:
   path = Path(_PROMPTS.value)
   if not path.is_file():
     raise BadInput(f'--prompts={path}: no such file; give a text file with one prompt per line')
-  return path.read_text(encoding='utf-8').splitlines()
+  try:
+    return path.read_text(encoding='utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
 
 
 if __name__ == '__main__':

@@ -11,32 +11,56 @@ from ml_collections import config_flags
 BAD_INPUT, BUG = 2, 1
 
 
-def run(main: Callable[[list[str]], int]) -> None:
-  """Parses flags and ends the process with main(positional arguments)'s exit code.
+def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
+  """Parses flags and ends the process with the exit code of main(), or of main(verb) for a program with verbs.
 
   Bad flags, config keys and BadInput: a sentence and code 2. Anything else unforeseen: a traceback and 1.
   """
-  app.run(lambda argv: sys.exit(_guard(lambda: main(argv[1:]))), flags_parser=_parse)
+  app.run(lambda argv: sys.exit(_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
+
+
+def _verb(rest: list[str], verbs: tuple[str, ...]) -> list[str]:
+  from latent_loop.errors import BadInput
+
+  if verbs and (len(rest) != 1 or rest[0] not in verbs):
+    raise BadInput(f'{" ".join(rest) or "no verb"}: this program takes one of the verbs {", ".join(verbs)}')
+  if rest and not verbs:
+    raise BadInput(f'{" ".join(rest)!r} belongs to no flag; put quotes around a value with spaces, as in --flag="a b"')
+  return rest
 
 
 def _parse(argv: list[str]) -> list[str]:
   from latent_loop.config import check_key
   from latent_loop.errors import BadInput
 
+  if {'--help', '-help', '-h', '--helpfull', '--helpshort'} & set(argv[1:]):
+    print(sys.modules['__main__'].__doc__ + '\n' + flags.FLAGS.main_module_help())
+    sys.exit(0)
   try:
     for arg in argv[1:]:
       if arg.startswith('--config.'):  # ml_collections would not say which key it does not know
         check_key(arg.removeprefix('--config.').partition('=')[0])
-    rest = flags.FLAGS(argv)
-    if flags.FLAGS['verbosity'].using_default_value:
-      logging.set_verbosity(logging.ERROR)  # the libraries' chatter; --verbosity=0 brings it back
-    return rest
+    # ml_collections cannot turn a number into None; `sealed` does.
+    _NONE.extend(arg.removeprefix('--config.')[: -len('=None')] for arg in argv if _sets_none(arg))
+    rest = flags.FLAGS([arg for arg in argv if not _sets_none(arg)])
   except BadInput as error:
     _refuse(str(error))
   except flags.Error as error:
     _refuse(f'{_one_line(error)}; see python -m launch.{Path(argv[0]).stem} --help')
-  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+  except OSError:
+    _refuse(_missing_config())
+  except Exception as error:  # an experiment file is a program of the user's: whatever it raises is bad input
     _refuse(f'--config: the experiment file does not run ({type(error).__name__}: {_one_line(error)}); correct it')
+  if flags.FLAGS['verbosity'].using_default_value:
+    logging.set_verbosity(logging.ERROR)  # the libraries' chatter; --verbosity=0 brings it back
+  return rest
+
+
+_NONE: list[str] = []  # keys that the command line sets to None
+
+
+def _sets_none(arg: str) -> bool:
+  return arg.startswith('--config.') and arg.endswith('=None')
 
 
 def _guard(main: Callable[[], int]) -> int:
@@ -75,10 +99,23 @@ def sealed(holder: flags.FlagHolder):
   if values is None:
     raise BadInput('--config is missing; give an experiment file such as experiments/tiny_text.py')
   try:
+    for dotted in _NONE:
+      *groups, name = dotted.split('.')
+      group = values
+      for part in groups:
+        group = group[part]
+      with group.ignore_type():
+        group[name] = None
     return config_lib.seal(values)
   except OSError as error:  # ml_collections notices a missing file at the first access
-    path = config_flags.get_config_filename(flags.FLAGS[holder.name])
-    raise BadInput(f'--config={path}: no such file; give one of experiments/*.py') from error
+    raise BadInput(_missing_config()) from error
+
+
+def _missing_config() -> str:
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  if Path(path).is_file():
+    return f'--config={path}: the experiment file reads a file that is missing; correct it'
+  return f'--config={path}: no such file; give one of experiments/*.py'
 
 
 def workdir_of(value: str | None) -> Path:

@@ -2,7 +2,8 @@
 # All checks and tests; arguments go to pytest: bash launch/test.sh -m 'not slow'
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/env.sh launch/requirements/dev.txt
+source launch/env.sh
+ensure_environment launch/requirements/dev.txt
 
 ruff check .
 ruff format --check --quiet .

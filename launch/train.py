@@ -10,7 +10,7 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'print what would run, touch no d
 _PROFILE = flags.DEFINE_string('profile_steps', None, 'first:last, steps to trace with jax.profiler')
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   config = program.sealed(_CONFIG)
   if _DRY_RUN.value:
     from latent_loop import dry_run

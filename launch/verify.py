@@ -10,7 +10,7 @@ from launch import program
 _GOLDEN = flags.DEFINE_string('golden', None, 'folder of golden numbers: config.json, weights, what they must give')
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   from latent_loop.errors import BadInput
 
   if not _GOLDEN.value:

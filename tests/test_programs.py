@@ -79,7 +79,12 @@ def copy(finished, tmp_path) -> Path:
     ('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
     ('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
     ('train', [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}'], 'less than one row'),
-    ('evaluate', ['--workdir=/tmp/none'], 'say launch.evaluate depths'),
+    ('evaluate', ['--workdir=/tmp/none'], 'one of the verbs depths'),
+    ('train', [TEXT, 'foo'], 'belongs to no flag'),
+    ('train', ['--config=experiments/nope.py', '--config.seed=1'], 'experiments/nope.py: no such file'),
+    ('train', [TEXT, '--config.optim.clip_norm=None', '--config.model.rope_base=0'], 'rope_base=0.0 must be above 1'),
+    ('train', [TEXT, '--config.train.num_steps=4'], 'warm-up and cooldown take 21 steps'),
+    ('train', [TEXT, '--workdir=/dev/null/x'], '--workdir=/dev/null/x cannot be used'),
     ('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
@@ -160,7 +165,11 @@ def test_changed_data_is_refused(copy, monkeypatch):
 
 
 def test_safe_changes_are_accepted_and_others_named(copy):
-  workdir.open_workdir(copy, tiny_run(**{'log.every_steps': 2, 'depth.sigma': 0.3}))
+  changed = tiny_run(**{'log.every_steps': 2, 'depth.sigma': 0.3})
+  workdir.open_workdir(copy, changed)
+  assert from_json((copy / 'config.json').read_text(), '') == tiny_run(), 'nothing is written before the restore'
+  lines = workdir.update_config(copy, changed)
+  assert 'log.every_steps was 1, is now 2' in lines
   assert from_json((copy / 'config.json').read_text(), '').log.every_steps == 2
   with pytest.raises(BadInput, match='optim.learning_rate was 0.002, is 0.5'):
     workdir.open_workdir(copy, tiny_run(**{'optim.learning_rate': 0.5}))

@@ -38,10 +38,15 @@ SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
 }
 
 
+def check_name(cfg: DataConfig) -> None:
+  """Raises BadInput unless SOURCES has the name."""
+  if cfg.source not in SOURCES:
+    raise BadInput(f'config.data.source={cfg.source!r}: not known; choose one of {", ".join(SOURCES)}')
+
+
 def make_source(config: Config) -> Source:
   """The source that config.data names; raises BadInput when it is unknown or its tokens do not fit the model."""
-  if config.data.source not in SOURCES:
-    raise BadInput(f'config.data.source={config.data.source!r}: not known; choose one of {", ".join(SOURCES)}')
+  check_name(config.data)
   source = SOURCES[config.data.source](config.data, config.seed)
   if config.model.vocab_size < source.vocab_size:
     raise BadInput(

@@ -1,7 +1,7 @@
 """Loss, accuracy and the state's behavior at many depths from one unroll.
 
-The coda is applied to the states as they pass, so a sweep costs one pass to the deepest depth, not one
-pass per depth.
+The states at the asked depths are kept as they pass and read by the coda one after the other, so a sweep
+costs one pass to the deepest depth plus one coda per depth, not one pass per depth.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def default_depths(mean_depth: int) -> tuple[int, ...]:
 
 def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
   """Sorted and without repeats; raises BadInput below 1."""
-  if not depths or min(depths) < 1:
-    raise BadInput(f'--depths={list(depths)}: the core runs at least once; give depths from 1')
+  if not depths or min(depths) < 1 or max(depths) >= 2**31:
+    raise BadInput(f'--depths={list(depths)}: the core runs at least once; give depths from 1 to {2**31 - 1}')
   return tuple(sorted(set(depths)))
 
 

@@ -17,6 +17,7 @@ from latent_loop.config import DepthConfig, ModelConfig
 from latent_loop.errors import BadInput
 from latent_loop.interop import files
 from latent_loop.model import Params, build
+from latent_loop.parallel.sharding import path_of
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 _EMBEDDING, _HEAD, _ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_cis'
@@ -261,7 +262,7 @@ def _join_qk_bias(q_NH: np.ndarray, k_NH: np.ndarray) -> np.ndarray:
 def to_hf(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
   """Their tensors, by name, from our parameters (or gradients); raises BadInput for a model that is not Huginn's."""
   _check_exportable(cfg)
-  ours = {_path(keypath): np.asarray(leaf) for keypath, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  ours = {path_of(keypath): np.asarray(leaf) for keypath, leaf in jax.tree_util.tree_leaves_with_path(params)}
   return {t.name: np.ascontiguousarray(t.join(*(ours[path] for path in t.paths))) for t in table(cfg)}
 
 
@@ -280,15 +281,11 @@ def read_params(folder: Path, cfg: ModelConfig) -> Params:
   assert len(ours) == len(jax.tree.leaves(expected)), 'the table and the model disagree; edit huggingface.table'
 
   def pick(keypath, leaf):
-    found = ours[_path(keypath)]
-    assert found.shape == leaf.shape, f'{_path(keypath)}: the table gives {found.shape}, the model has {leaf.shape}'
+    found = ours[path_of(keypath)]
+    assert found.shape == leaf.shape, f'{path_of(keypath)}: the table gives {found.shape}, the model has {leaf.shape}'
     return found
 
   return jax.tree_util.tree_map_with_path(pick, expected)
-
-
-def _path(keypath: tuple) -> str:
-  return jax.tree_util.keystr(keypath, simple=True, separator='/')
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

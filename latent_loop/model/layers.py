@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from latent_loop.config import ModelConfig
+from latent_loop.errors import BadInput
 from latent_loop.model import initializers
 
 
@@ -56,6 +57,15 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   cos, sin = jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def check_attention(cfg: ModelConfig) -> None:
+  """Raises BadInput when this machine or dtype has not the implementation that config.model.attention names."""
+  if cfg.attention == 'cudnn' and (jax.default_backend() != 'gpu' or cfg.compute_dtype != 'bfloat16'):
+    raise BadInput(
+      f"config.model.attention='cudnn' needs a GPU and compute_dtype='bfloat16', and here is {jax.default_backend()} "
+      f"with {cfg.compute_dtype!r}; use 'auto'"
+    )
 
 
 def attend(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows, kind: str) -> jax.Array:

@@ -8,12 +8,12 @@ import optax
 
 from latent_loop.config import OptimConfig
 from latent_loop.optim.adam_atan2 import scale_by_adam_atan2
+from latent_loop.parallel.sharding import path_of
 
 
 def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
   """Linear warm-up from 0, constant, linear cooldown to final_lr_fraction; a function of the step from 0."""
-  warmup = cfg.warmup_steps or round(cfg.warmup_fraction * num_steps)
-  cooldown = cfg.cooldown_steps or round(cfg.cooldown_fraction * num_steps)
+  warmup, cooldown = cfg.warmup_of(num_steps), cfg.cooldown_of(num_steps)
   peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_lr_fraction
   # The first step of a warm-up already moves: at step 0 the rate is peak / warmup.
   rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
@@ -28,7 +28,7 @@ def decay_mask(cfg: OptimConfig, params: Any) -> Any:
   """True for every parameter that decays: those whose path no pattern of config.optim.no_decay matches."""
 
   def decays(keypath, _):
-    path = jax.tree_util.keystr(keypath, simple=True, separator='/')
+    path = path_of(keypath)
     return not any(re.search(pattern, path) for pattern in cfg.no_decay)
 
   return jax.tree_util.tree_map_with_path(decays, params)
@@ -45,39 +45,43 @@ def _adamw(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfor
   return optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=mask)
 
 
+def reference_tensor(path: str) -> str:
+  """Which tensor of the reference a parameter is part of: queries, keys and values are one there, gate and up too."""
+  path = re.sub(r'attn/[qkv]/kernel$', 'attn/qkv/kernel', path)
+  return re.sub(r'mlp/(gate|up)/kernel$', 'mlp/gate_up/kernel', re.sub(r'attn/[qk]/bias$', 'attn/qk/bias', path))
+
+
 def _adam_atan2(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
   """The paper's optimizer: at the peak rate one step shrinks a weight by exactly weight_decay."""
   mask = lambda params: decay_mask(cfg, params)
   return optax.chain(
-    scale_by_adam_atan2(cfg.b1, cfg.b2, cfg.eps),
+    scale_by_adam_atan2(cfg.b1, cfg.b2, cfg.eps, reference_tensor),
     optax.add_decayed_weights(cfg.weight_decay / cfg.learning_rate, mask),
     optax.scale_by_learning_rate(schedule),
   )
 
 
 def _muon(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Muon for kernels, AdamW for embedding, norms, biases and the injection's own parameters."""
+  """Muon for kernels; AdamW, at its own rate, for embedding, norms, biases and the injection's own parameters."""
   ratio = 1.0 if cfg.adam_learning_rate is None else cfg.adam_learning_rate / cfg.learning_rate
-  mask = lambda params: decay_mask(cfg, params)
-  return optax.contrib.muon(
+  muon = optax.contrib.muon(
     schedule,
     beta=cfg.muon_momentum,
     eps=cfg.eps,
     weight_decay=cfg.weight_decay,
-    weight_decay_mask=mask,
-    adam_b1=cfg.b1,
-    adam_b2=cfg.b2,
-    adam_weight_decay=cfg.weight_decay,
-    adam_learning_rate=lambda step: ratio * schedule(step),
+    weight_decay_mask=lambda params: decay_mask(cfg, params),
     muon_weight_dimension_numbers=muon_dimensions,
   )
+  label = lambda path, _: 'muon' if path_of(path).endswith('/kernel') else 'adamw'
+  labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
+  return optax.partition({'muon': muon, 'adamw': _adamw(cfg, lambda step: ratio * schedule(step))}, labels)
 
 
 def muon_dimensions(params: Any) -> Any:
-  """Which axes of each kernel are inputs and outputs of its matrix; None = left to AdamW."""
+  """Which axes of each kernel are the inputs and the outputs of its matrix; None for all that is no kernel."""
 
   def dimensions(keypath, p):
-    path = jax.tree_util.keystr(keypath, simple=True, separator='/')
+    path = path_of(keypath)
     if not path.endswith('/kernel'):
       return None
     inputs = p.ndim - 1 if path.endswith('out/kernel') else 1

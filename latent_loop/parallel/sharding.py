@@ -26,7 +26,7 @@ RULES = (
   (r'core_exit/kernel$', P(None, 'fsdp')),
   (r'injection/(log_a|dt_bias)$', P()),
   (r'(norm_\d|final_norm|prelude_norm)/scale$', P()),
-  (r'(^|/)(step|count|ns_coeffs)$', P()),
+  (r'ns_coeffs$', P()),  # of Muon
 )
 
 BATCH = P(('data', 'fsdp'))
@@ -58,7 +58,7 @@ def path_of(keypath: tuple) -> str:
 
 
 def spec_of(path: str) -> P:
-  """The one rule for `path`; an array without exactly one is our bug, and is named."""
+  """The one rule for `path` (of an array with at least one axis); one without exactly one is our bug, and is named."""
   hits = [spec for pattern, spec in RULES if re.search(pattern, path)]
   assert len(hits) == 1, f'{path}: {len(hits)} sharding rules match, want 1; edit latent_loop/parallel/sharding.py'
   return hits[0]

@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from latent_loop.metrics import finite  # noqa: E402
+
 COLUMNS = (
   ('loss_by_depth', 'loss, nats per token', '.4f'),
   ('bits_per_byte_by_depth', 'bits per byte', '.4f'),
@@ -44,7 +46,7 @@ def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[st
   paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
   paths[0].write_text(_page(name, numbers, png.getvalue()))
   paths[1].write_bytes(png.getvalue())
-  paths[2].write_text(json.dumps(numbers, indent=2) + '\n')
+  paths[2].write_text(json.dumps(finite(numbers), indent=2) + '\n')
   return paths
 
 
