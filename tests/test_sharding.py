@@ -60,9 +60,7 @@ def test_the_initial_state_really_lies_where_the_table_says():
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, 20), mesh_of(2, 2, 2))
   state = init()
-  for (path, array), spec in zip(
-    jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(specs), strict=True
-  ):
+  for (path, array), spec in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(specs), strict=True):
     assert array.sharding == spec, path_of(path)
   kernel = state.opt_state[1][0].mu['core'][0]['mlp']['up']['kernel']
   assert kernel.addressable_shards[0].data.size * 4 == kernel.size
