@@ -310,12 +310,12 @@ def step_on(data: int = 1, fsdp: int = 1, tensor: int = 1, num_microbatches: int
   return make_train_step(config, model, optimizer, mesh, specs), state, specs, mesh
 
 
-def take_steps(made, count: int) -> list:
+def take_steps(made, count: int, first_batch: int = 0) -> list:
   """(metrics, state on the host) after each of `count` steps on different batches."""
   step, state, specs, mesh = made
   state, results = jax.device_put(state, specs), []
   for i in range(count):
-    state, metrics = step(state, place(random_batch(i), mesh), jax.random.key(11))
+    state, metrics = step(state, place(random_batch(first_batch + i), mesh), jax.random.key(11))
     results.append(jax.device_get((metrics, state)))  # waits: steps in flight deadlock on virtual devices
   return results
 
@@ -355,10 +355,12 @@ def test_accumulation_over_microbatches_is_the_whole_batch():
 
 
 def test_train_step_compiles_once_over_ten_depths():
+  """And the depths are those of the step and the key, whatever is in the batches."""
   made = step_on()
-  depths = [int(metrics['n'] + metrics['k']) for metrics, _ in take_steps(made, 30)]
-  assert len(set(depths)) >= 10, depths
+  depths = [(int(metrics['n']), int(metrics['k'])) for metrics, _ in take_steps(made, 30)]
+  assert len({n + k for n, k in depths}) >= 10, depths
   assert made[0].compiled_count() == 1
+  assert [(metrics['n'], metrics['k']) for metrics, _ in take_steps(made, 5, first_batch=50)] == depths[:5]
 
 
 def test_step_is_a_function_of_its_arguments():
@@ -427,12 +429,19 @@ def test_curriculum_starts_shallow_and_ends_at_the_full_law(curriculum):
   full = DepthConfig(mean=6, backprop_depth=4)
   grown = DepthConfig(mean=6, backprop_depth=4, curriculum=curriculum, curriculum_steps=steps)
   n, k = draw_many(grown, range(2 * steps))
-  np.testing.assert_array_equal(
-    np.array([n, k])[:, steps - 1 :], np.array(draw_many(full, range(2 * steps)))[:, steps - 1 :]
-  )
+  end = np.array(draw_many(full, range(2 * steps)))[:, steps - 1 :]
+  np.testing.assert_array_equal(np.array([n, k])[:, steps - 1 :], end)
   means = (n + k)[:steps].reshape(5, -1).mean(axis=1)
   assert means[0] < means[2] < means[4], means
   assert n[:200].mean() + k[:200].mean() < 4 and np.all(k[:200] == 1)
+
+
+def test_curriculum_grows_mean_and_k_together():
+  """Linear over 8 steps to mean 40 and k = 8: an eighth of both more at each step, complete at the eighth."""
+  cfg = DepthConfig(kind='fixed', mean=40, backprop_depth=8, curriculum='linear', curriculum_steps=8)
+  n, k = draw_many(cfg, range(10))
+  np.testing.assert_array_equal(k, [1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
+  np.testing.assert_array_equal(n, 4 * k)
 
 
 _PRINT_DRAWS = """
