@@ -5,7 +5,8 @@ Expected: validation loss falls with depth up to about 32; ARC-C 38 at depth 32 
 The tokens are the embedded text until a prepared corpus is named, so that the shape can be tried.
 """
 
-from latent_loop.config import Config, view
+from latent_loop.config import Config
+from latent_loop.sealing import view
 
 
 def get_config():

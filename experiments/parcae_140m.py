@@ -5,7 +5,8 @@ its 144 M parameters, no FLOPs) are left out; depth is drawn once per batch, not
 here is optax's, without row-wise variance and cautious decay.
 """
 
-from latent_loop.config import Config, view
+from latent_loop.config import Config
+from latent_loop.sealing import view
 
 
 def get_config():

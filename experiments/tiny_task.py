@@ -1,6 +1,7 @@
 """Does thinking longer solve what a fixed depth cannot? (placeholder of the skeleton, tuned on its own branch)"""
 
-from latent_loop.config import Config, view
+from latent_loop.config import Config
+from latent_loop.sealing import view
 
 
 def get_config():

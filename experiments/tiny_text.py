@@ -5,7 +5,8 @@ near 1.35 nats per byte at the mean depth, well below its value at depth 1, and 
 the mean. Muon at these rates needs about half the steps of AdamW at 2e-3.
 """
 
-from latent_loop.config import Config, view
+from latent_loop.config import Config
+from latent_loop.sealing import view
 
 
 def get_config():

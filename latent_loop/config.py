@@ -1,24 +1,12 @@
-"""Configuration: frozen dataclasses hold the only defaults; people edit a ConfigDict view of them.
+"""Configuration: frozen dataclasses, typed and commented, hold the only defaults.
 
-    dataclass --view()--> ConfigDict, edited by experiments/*.py and --config.a.b=value
-              <--seal()-- checked: unknown, missing or mistyped values are refused, by path
-
-A sealed config validates itself and never changes; derived values are properties.
+A config validates itself when it is made and never changes; derived values are properties. How people edit
+one, and how it is sealed again, is in sealing.py.
 """
 
-import dataclasses
-import difflib
-import hashlib
-import json
-import math
 import re
-import types
-import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import ml_collections
-from ml_collections import config_dict
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Literal
 
 from latent_loop.errors import BadInput
 
@@ -212,10 +200,10 @@ class MeshConfig:
   tensor: int = 1
 
   def __post_init__(self):
-    sizes = dataclasses.astuple(self)
+    sizes = astuple(self)
     _require(
       all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-      f'config.mesh has sizes {dataclasses.asdict(self)}; each is at least 1, and one may be -1',
+      f'config.mesh has sizes {asdict(self)}; each is at least 1, and one may be -1',
     )
 
 
@@ -290,115 +278,3 @@ class Config:
       'them or train longer',
     )
     _require(0 <= self.seed < 2**31, f'config.seed={self.seed} must lie in [0, 2**31): it seeds every random draw')
-
-
-# --- view: dataclass -> ConfigDict ------------------------------------------------------------------
-
-
-def view(config: Any) -> ml_collections.ConfigDict:
-  """The editable ConfigDict of a (sealed) config: every key exists and keeps its type."""
-  hints = typing.get_type_hints(type(config))
-  out = ml_collections.ConfigDict()
-  for f in dataclasses.fields(config):
-    value = vars(config)[f.name]
-    if dataclasses.is_dataclass(value):
-      out[f.name] = view(value)
-    elif type(None) in typing.get_args(hints[f.name]):
-      concrete = next(t for t in typing.get_args(hints[f.name]) if t is not type(None))
-      out[f.name] = config_dict.placeholder(concrete)  # a plain None would lose the type
-      out[f.name] = value
-    else:
-      out[f.name] = value
-  return out
-
-
-# --- seal: ConfigDict or dict -> dataclass ----------------------------------------------------------
-
-
-def seal(values: Any, cls: type = Config, path: str = 'config') -> Any:
-  """The frozen, validated `cls` that `values` (ConfigDict or plain dict) describes.
-
-  Raises BadInput, naming the path, for unknown keys, missing keys and values of the wrong type.
-  """
-  hints = typing.get_type_hints(cls)
-  given = dict(values.items())
-  for name in given:
-    _check_known(name, hints, path)
-  missing = [name for name in hints if name not in given]
-  if missing:
-    raise BadInput(f'{path}.{missing[0]}: missing; start from latent_loop.config.view(Config()), which has every key')
-  return cls(**{name: _seal_value(given[name], hints[name], f'{path}.{name}') for name in hints})
-
-
-def _check_known(name: str, known: typing.Iterable[str], path: str) -> None:
-  if name not in known:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f'the keys here are: {", ".join(known)}'
-    raise BadInput(f'{path}.{name}: unknown key; {hint}')
-
-
-def check_key(dotted: str) -> None:
-  """Raises BadInput, with the nearest name, unless 'model.width' and the like is a key of Config."""
-  cls, path = Config, 'config'
-  for name in dotted.split('.'):
-    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-    _check_known(name, hints, path)
-    cls, path = hints[name], f'{path}.{name}'
-
-
-def _seal_value(value: Any, hint: Any, path: str) -> Any:
-  if dataclasses.is_dataclass(hint):
-    _require(hasattr(value, 'items'), f'{path}={value!r}: not a group of keys; edit its fields instead')
-    return seal(value, hint, path)
-  if typing.get_origin(hint) is Literal:
-    choices = typing.get_args(hint)
-    _require(value in choices, f'{path}={value!r}: not known; choose one of {", ".join(choices)}')
-    return value
-  if typing.get_origin(hint) is types.UnionType:
-    if value is None:
-      return None
-    hint = next(t for t in typing.get_args(hint) if t is not type(None))
-  if typing.get_origin(hint) is tuple:
-    _require(isinstance(value, (tuple, list)), f'{path}={value!r}: not a tuple; write it as (a, b)')
-    return tuple(_seal_value(v, typing.get_args(hint)[0], f'{path}[{i}]') for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  _require(type(value) is hint, f'{path}={value!r}: a {type(value).__name__}; the rule is {hint.__name__}, give one')
-  _require(hint is not float or math.isfinite(value), f'{path}={value!r}: not a finite number; give one')
-  return value
-
-
-# --- sealed configs as text --------------------------------------------------------------------------
-
-
-def to_json(config: Config) -> str:
-  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
-
-
-def from_json(text: str, path: str) -> Config:
-  """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
-  try:
-    values = json.loads(text)
-    _require(isinstance(values, dict), 'not a JSON object')
-    return seal(values)
-  except ValueError as error:  # of json, or BadInput
-    raise BadInput(f'{path}: not a sealed config ({error}); restore the file, or start a new workdir') from error
-
-
-def fingerprint(config: Config) -> str:
-  """A short hash that two configs share only when every value is equal."""
-  return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
-
-
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-  """Dotted path -> (old, new) for every value that differs."""
-
-  def flat(values, prefix):
-    for key, value in values.items():
-      if isinstance(value, dict):
-        yield from flat(value, f'{prefix}{key}.')
-      else:
-        yield f'{prefix}{key}', value
-
-  a, b = dict(flat(dataclasses.asdict(old), '')), dict(flat(dataclasses.asdict(new), ''))
-  return {key: (a[key], b[key]) for key in a if a[key] != b[key]}

@@ -3,9 +3,10 @@
 import dataclasses
 
 from latent_loop import data
-from latent_loop.config import Config, fingerprint, to_json
+from latent_loop.config import Config
 from latent_loop.evals.depth import default_depths
 from latent_loop.model import build, cost, depth
+from latent_loop.sealing import fingerprint, to_json
 
 
 def describe(config: Config) -> str:

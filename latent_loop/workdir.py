@@ -6,8 +6,9 @@ import os
 import platform
 from pathlib import Path
 
-from latent_loop.config import Config, differences, fingerprint, from_json, to_json
+from latent_loop.config import Config
 from latent_loop.errors import BadInput
+from latent_loop.sealing import differences, fingerprint, from_json, to_json
 
 # Values that may change between two starts of one run: none of them changes what an example or a
 # parameter is. All others decide the run, and a change of them is refused.

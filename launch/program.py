@@ -30,8 +30,8 @@ def _verb(rest: list[str], verbs: tuple[str, ...]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  from latent_loop.config import check_key
   from latent_loop.errors import BadInput
+  from latent_loop.sealing import check_key
 
   if {'--help', '-help', '-h', '--helpfull', '--helpshort'} & set(argv[1:]):
     print(sys.modules['__main__'].__doc__ + '\n' + flags.FLAGS.main_module_help())
@@ -92,7 +92,7 @@ def define_config() -> flags.FlagHolder:
 
 def sealed(holder: flags.FlagHolder):
   """The frozen Config of --config with its overrides; raises BadInput."""
-  from latent_loop import config as config_lib
+  from latent_loop import sealing
   from latent_loop.errors import BadInput
 
   values = holder.value
@@ -106,13 +106,13 @@ def sealed(holder: flags.FlagHolder):
         group = group[part]
       with group.ignore_type():
         group[name] = None
-    return config_lib.seal(values)
+    return sealing.seal(values)
   except OSError as error:  # ml_collections notices a missing file at the first access
     raise BadInput(_missing_config()) from error
 
 
 def _missing_config() -> str:
-  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  path = next(arg.partition('=')[2] for arg in sys.argv if arg.startswith('--config='))
   if Path(path).is_file():
     return f'--config={path}: the experiment file reads a file that is missing; correct it'
   return f'--config={path}: no such file; give one of experiments/*.py'

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_loop import config as config_lib
-from latent_loop.config import Config, differences, from_json, seal, to_json, view
+from latent_loop import sealing
+from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import sharding
+from latent_loop.sealing import differences, from_json, seal, to_json, view
 from latent_loop.step import init_state
 
 EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parent.parent / 'experiments').glob('*.py'))
@@ -64,8 +65,8 @@ def test_an_unknown_key_names_the_nearest():
   with pytest.raises(BadInput, match="config.model.widht: unknown key; did you mean 'width'"):
     seal(values)
   with pytest.raises(BadInput, match="config.modle: unknown key; did you mean 'model'"):
-    config_lib.check_key('modle.width')
-  config_lib.check_key('model.width')
+    sealing.check_key('modle.width')
+  sealing.check_key('model.width')
 
 
 def test_a_missing_key_is_refused():

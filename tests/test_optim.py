@@ -27,7 +27,7 @@ def paths_where(tree, wanted) -> set[str]:
 
 def test_adam_atan2_first_steps_are_those_of_the_reference():
   """Constant gradient, lr 1, eps 1e-6: the step sizes that the published training code takes."""
-  optimizer = scale_by_adam_atan2(0.9, 0.95, 1e-6)
+  optimizer = scale_by_adam_atan2(0.9, 0.95, 1e-6, group=str)
   grads = {'w': jnp.array([1e-3, -2.0, 5.0, 1e-9])}
   state, update = optimizer.init(grads), jax.jit(optimizer.update)
   usual = [2.19988, 1.59293, 1.33247, 1.18255, 1.08412]
@@ -40,7 +40,7 @@ def test_adam_atan2_first_steps_are_those_of_the_reference():
 
 def test_adam_atan2_divides_a_surprising_gradient_by_its_rms():
   """After a steady 1, a gradient of 100 in one tensor is clipped by sqrt(g^2 / v); the other tensor is not."""
-  optimizer = scale_by_adam_atan2(0.9, 0.95, 1e-6)
+  optimizer = scale_by_adam_atan2(0.9, 0.95, 1e-6, group=str)
   one = {'a': jnp.ones(3), 'b': jnp.ones(2)}
   update = jax.jit(optimizer.update)
   _, state = update(one, optimizer.init(one))

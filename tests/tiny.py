@@ -8,10 +8,11 @@ import numpy as np
 import optax
 
 from latent_loop.batch import Batch
-from latent_loop.config import Config, MeshConfig, seal, view
+from latent_loop.config import Config, MeshConfig
 from latent_loop.model import Model, build
 from latent_loop.model.layers import Rows
 from latent_loop.parallel import sharding
+from latent_loop.sealing import seal, view
 from latent_loop.step import TrainState
 
 # Pairwise different, and divisible by what the meshes of the tests need.
