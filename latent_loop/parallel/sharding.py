@@ -26,7 +26,7 @@ RULES = (
   (r'core_exit/kernel$', P(None, 'fsdp')),
   (r'injection/(log_a|dt_bias)$', P()),
   (r'(norm_\d|final_norm|prelude_norm)/scale$', P()),
-  (r'(^|/)(step|count)$', P()),
+  (r'(^|/)(step|count|ns_coeffs)$', P()),
 )
 
 BATCH = P(('data', 'fsdp'))
