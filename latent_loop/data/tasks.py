@@ -7,6 +7,7 @@ is ever trained on. Row i of a split is a pure function of (seed, split, i).
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from latent_loop.data.packing import Row, window_to_row
 from latent_loop.errors import BadInput
 
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+_PERMUTATIONS = tuple(itertools.permutations(range(3)))
 _SPLITS = {'train': 0, 'validation': 1}
 
 
@@ -31,10 +33,11 @@ class Instance:
 
 
 def addition(rng: np.random.Generator, difficulty: int) -> Instance:
-  """Two numbers of `difficulty` digits; the sum is written lowest digit first, as carries run."""
-  a, b = (int(rng.integers(10 ** (difficulty - 1), 10**difficulty)) for _ in range(2))
-  answer = str(a + b)[::-1]
-  return Instance(f'{a}+{b}', ((f'{a}+{b}=', False), (answer, True)))
+  """Two numbers of `difficulty` digits; as many digits of the sum, lowest first, as carries run."""
+  a, b = (int(rng.integers(0, 10**difficulty)) for _ in range(2))
+  answer = f'{(a + b) % 10**difficulty:0{difficulty}}'[::-1]
+  pieces = ((f'{a:0{difficulty}}+{b:0{difficulty}}=', False), (answer, True))
+  return Instance(f'{difficulty} {min(a, b)}+{max(a, b)}', pieces)
 
 
 def prefix_sum(rng: np.random.Generator, difficulty: int) -> Instance:
@@ -45,9 +48,15 @@ def prefix_sum(rng: np.random.Generator, difficulty: int) -> Instance:
 
 
 def pointer_chasing(rng: np.random.Generator, difficulty: int) -> Instance:
-  """A map on 8 letters, then four questions: where does a letter lead after `difficulty` hops?"""
-  count = 8
-  image = rng.permutation(count)
+  """A map on 17 letters, then four questions: where does a letter lead after `difficulty` hops?
+
+  The map is one cycle, since short cycles would bring most letters back early, and its length is odd and
+  prime, so that no number of hops splits it. Walking backward is a shorter way above 8 hops.
+  """
+  count = 17
+  order = rng.permutation(count)
+  image = np.empty(count, int)
+  image[order] = np.roll(order, -1)
   table = ''.join(_LETTERS[i] + _LETTERS[image[i]] for i in rng.permutation(count))
   pieces = [(table, False)]
   for start in rng.permutation(count)[:4]:
@@ -59,21 +68,26 @@ def pointer_chasing(rng: np.random.Generator, difficulty: int) -> Instance:
 
 
 def permutation_composition(rng: np.random.Generator, difficulty: int) -> Instance:
-  """`difficulty` + 1 permutations of 3 letters, applied in turn to abc; the answer is the last arrangement."""
-  permutations = [rng.permutation(3) for _ in range(difficulty + 1)]
-  arrangement = np.arange(3)
-  for p in permutations:
-    arrangement = arrangement[p]
-  question = ' '.join(''.join(map(str, p)) for p in permutations)
-  return Instance(question, ((question + '=', False), (''.join(_LETTERS[i] for i in arrangement), True)))
+  """A word of `difficulty` letters, each a permutation of three things; the answer is their product's letter.
+
+  Products do not commute, so counting letters does not help: the word must be multiplied out.
+  """
+  word = rng.integers(0, len(_PERMUTATIONS), difficulty).tolist()
+  arrangement = (0, 1, 2)
+  for i in word:
+    arrangement = tuple(arrangement[j] for j in _PERMUTATIONS[i])
+  question = ''.join(_LETTERS[i] for i in word)
+  return Instance(question, ((question + '=', False), (_LETTERS[_PERMUTATIONS.index(arrangement)], True)))
 
 
-# name -> (generator, accuracy of an answer byte guessed among the possible ones)
+# name -> (generator, accuracy of an answer byte guessed by one who knows the form of the task and the answers
+# before it, but not the question). Pointer chasing: a letter that is neither the start nor already an answer;
+# the start is among i answers with chance i / 16.
 TASKS: dict[str, tuple[Callable[[np.random.Generator, int], Instance], float]] = {
   'addition': (addition, 1 / 10),
   'prefix_sum': (prefix_sum, 1 / 2),
-  'pointer_chasing': (pointer_chasing, 1 / 8),
-  'permutation_composition': (permutation_composition, 1 / 3),
+  'pointer_chasing': (pointer_chasing, sum(1 / 16 + i / 16 / (17 - i) for i in range(4)) / 4),
+  'permutation_composition': (permutation_composition, 1 / 6),
 }
 
 
@@ -123,11 +137,11 @@ def split_of(instance: Instance, validation_fraction: float) -> str:
 
 
 def _tokens(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
-  tokens, counts = [np.array([tokenizer.BOS], np.uint16)], [np.zeros(1, np.float32)]
+  """BOS and the bytes of `instance`, and how much predicting each counts."""
+  counts = [0.0]
   for text, is_answer in instance.pieces:
-    tokens.append(tokenizer.encode(text))
-    counts.append(np.full(len(tokens[-1]), is_answer, np.float32))
-  return np.concatenate(tokens), np.concatenate(counts)
+    counts += [float(is_answer)] * len(text)  # the tasks write ASCII: a letter is a byte
+  return np.concatenate([[tokenizer.BOS], tokenizer.encode(instance.text)]), np.array(counts, np.float32)
 
 
 class Task:
