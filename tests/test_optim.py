@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from latent_loop.model import build
-from latent_loop.optim import decay_mask, make_optimizer, make_schedule, muon_dimensions
+from latent_loop.optim import decay_mask, make_optimizer, make_schedule, muon_dimensions, reference_tensor
 from latent_loop.optim.adam_atan2 import scale_by_adam_atan2
 from latent_loop.parallel import sharding
 from latent_loop.parallel.sharding import path_of
@@ -165,3 +165,29 @@ def one_device_step(config):
   step = make_train_step(config, model, optimizer, mesh, specs)
   batch, key = place(random_batch(), mesh), jax.random.key(3)
   return lambda state: step(state, batch, key), jax.device_put(state, specs)
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'adam_atan2', 'muon'])
+def test_without_gradient_only_what_decays_moves(kind):
+  """Through the whole optimizer: what no_decay names stays to the bit, everything else shrinks."""
+  config = tiny_config(**{'optim.kind': kind, 'optim.weight_decay': 0.1, 'model.injection': 'diagonal'})
+  params = build(config.model, config.depth).init(jax.random.key(0))
+  params = jax.tree.map(lambda p: p + 1.0, params)
+  optimizer = make_optimizer(config.optim, config.train.num_steps)
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  moved, decays = leaves_by_path(updates), leaves_by_path(decay_mask(config.optim, params))
+  assert {name for name, update in moved.items() if np.any(update)} == {name for name in decays if decays[name]}
+
+
+def test_parameters_that_are_one_tensor_in_the_reference_are_clipped_together():
+  """A surprising gradient for the keys slows queries and values too, and no other layer."""
+  optimizer = scale_by_adam_atan2(0.9, 0.95, 1e-6, reference_tensor)
+  name = lambda layer, part: f'core/{layer}/attn/{part}/kernel'
+  params = {name(layer, part): jnp.ones((2, 3)) for layer in (0, 1) for part in 'qkv'}
+  ones = jax.tree.map(jnp.ones_like, params)
+  _, state = optimizer.update(ones, optimizer.init(params))
+  updates, _ = optimizer.update({**ones, name(0, 'k'): jnp.full((2, 3), 100.0)}, state)
+  assert np.all(updates[name(0, 'q')] < 0.9 * updates[name(1, 'q')])
+  np.testing.assert_array_equal(updates[name(0, 'q')], updates[name(0, 'v')])
+  assert reference_tensor('core/0/mlp/gate/kernel') == reference_tensor('core/0/mlp/up/kernel')
+  assert reference_tensor('core/0/mlp/down/kernel') == 'core/0/mlp/down/kernel'

@@ -175,6 +175,33 @@ def test_changed_data_is_refused(copy, monkeypatch):
     loop.run(tiny_run(), copy)
 
 
+def test_loading_leaves_a_save_under_way_alone(copy):
+  """Another process may be training in this folder."""
+  unfinished = copy / 'checkpoints' / '6.orbax-checkpoint-tmp'
+  unfinished.mkdir()
+  assert trained.load(copy).step == 4
+  assert unfinished.is_dir()
+
+
+def test_a_profile_outside_the_run_is_refused(tmp_path):
+  with pytest.raises(BadInput, match='--profile_steps=2:9 lies outside the steps to do, 0:4'):
+    loop.run(tiny_run(), tmp_path / 'run', profile_steps=(2, 9))
+
+
+@pytest.mark.parametrize('text', ['[]', 'null', '{}', '{"seed": ', '\x00'])
+def test_a_broken_config_json_is_a_sentence(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(BadInput, match='config.json: not a sealed config'):
+    trained.load(tmp_path)
+
+
+def test_a_broken_meta_is_a_sentence(copy):
+  path = next((copy / 'checkpoints' / '4' / 'meta').glob('*.json'))
+  path.write_text('{}')
+  with pytest.raises(BadInput, match='unreadable checkpoint'):
+    trained.load(copy)
+
+
 def test_safe_changes_are_accepted_and_others_named(copy):
   changed = tiny_run(**{'log.every_steps': 2, 'depth.sigma': 0.3})
   workdir.open_workdir(copy, changed)

@@ -34,7 +34,7 @@ class Instance:
 
 def addition(rng: np.random.Generator, difficulty: int) -> Instance:
   """Two numbers of `difficulty` digits; as many digits of the sum, lowest first, as carries run."""
-  a, b = (int(rng.integers(0, 10**difficulty)) for _ in range(2))
+  a, b = (int(''.join(map(str, rng.integers(0, 10, difficulty)))) for _ in range(2))
   answer = f'{(a + b) % 10**difficulty:0{difficulty}}'[::-1]
   pieces = ((f'{a:0{difficulty}}+{b:0{difficulty}}=', False), (answer, True))
   return Instance(f'{difficulty} {min(a, b)}+{max(a, b)}', pieces)
@@ -101,7 +101,7 @@ class TaskRows:
     return 2**30
 
   def __getitem__(self, index: int) -> Row:
-    """One row: as many whole instances as fit, then padding."""
+    """One row: whole instances until one does not fit, then padding."""
     rng = np.random.Generator(np.random.Philox(key=[self._seed, _SPLITS[self._split]], counter=[0, 0, 0, int(index)]))
     size = self._cfg.seq_len + 1
     window, weights, used = np.full(size, tokenizer.PAD, np.uint16), np.zeros(size, np.float32), 0
@@ -111,11 +111,6 @@ class TaskRows:
         break
       window[used : used + len(tokens)], weights[used : used + len(tokens)] = tokens, counts
       used += len(tokens)
-    if not used:
-      raise BadInput(
-        f'config.data.seq_len={self._cfg.seq_len} is too short for one {self._name} instance of {len(tokens)} tokens '
-        f'at difficulty up to {self._cfg.max_difficulty}; raise seq_len'
-      )
     return window_to_row(window, weights)
 
   def instance(self, rng: np.random.Generator) -> Instance:
@@ -151,6 +146,13 @@ class Task:
 
   def __init__(self, name: str, cfg: DataConfig, seed: int):
     self._name, self._cfg, self._seed = name, cfg, seed
+    # All instances of one difficulty have the same length, and it grows with the difficulty.
+    longest = 1 + len(TASKS[name][0](np.random.default_rng(0), cfg.max_difficulty).text)
+    if longest > cfg.seq_len + 1:
+      raise BadInput(
+        f'config.data.seq_len={cfg.seq_len} is too short for a {name} instance of {longest} tokens at max_difficulty='
+        f'{cfg.max_difficulty}; raise seq_len to {longest - 1} or lower max_difficulty'
+      )
     self.chance_accuracy = TASKS[name][1]
     self.fingerprint = hashlib.blake2b(f'{name} {cfg} {seed}'.encode(), digest_size=16).hexdigest()
 
