@@ -22,9 +22,13 @@ def given():
 
 
 @pytest.fixture(scope='module')
-def swept(given):
-  model, params, batch, key = given
-  return jax.device_get(make_depth_eval(model, mesh_of(), DEPTHS, CHUNK)(params, batch, key))
+def sweep(given):
+  return make_depth_eval(given[0], mesh_of(), DEPTHS, CHUNK)
+
+
+@pytest.fixture(scope='module')
+def swept(given, sweep):
+  return jax.device_get(sweep(*given[1:]))
 
 
 def test_one_unroll_equals_separate_evaluations(given, swept):
@@ -79,10 +83,10 @@ def _correlation(s_TD: np.ndarray, real_T: np.ndarray) -> float:
   return (pairs.sum() - np.trace(pairs)) / pairs.size
 
 
-def test_batches_add_up(given, swept):
+def test_batches_add_up(given, sweep, swept):
   """The sum of two batches weighs tokens, not batches."""
-  model, params, _, key = given
-  other = jax.device_get(make_depth_eval(model, mesh_of(), DEPTHS, CHUNK)(params, random_batch(7, vocab_size=V), key))
+  _, params, _, key = given
+  other = jax.device_get(sweep(params, random_batch(7, vocab_size=V), key))
   both = (swept + other).nll
   np.testing.assert_allclose(both.value(), (swept.nll.total + other.nll.total) / (swept.nll.weight + other.nll.weight))
 
