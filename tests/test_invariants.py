@@ -330,7 +330,7 @@ def assert_same_steps(got: list, want: list) -> None:
   for (metrics, state), (want_metrics, want_state) in zip(got, want, strict=True):
     assert (metrics['n'], metrics['k']) == (want_metrics['n'], want_metrics['k'])
     for name in ('loss', 'grad_norm', 'learning_rate'):
-      np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6, err_msg=name)
+      np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-6, err_msg=name)
     assert worst_relative(state.opt_state[0], want_state.opt_state[0]) < (1e-5, ''), 'gradients'
     for part in ('params', 'ema'):
       params, want_params = leaves_by_path(getattr(state, part)), leaves_by_path(getattr(want_state, part))
