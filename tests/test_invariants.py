@@ -338,7 +338,11 @@ def assert_same_steps(got: list, want: list) -> None:
         np.testing.assert_allclose(params[name], want_params[name], rtol=0, atol=1e-6, err_msg=f'{part}/{name}')
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)], ids=lambda s: 'x'.join(map(str, s)))
+@pytest.mark.parametrize(
+  'sizes',
+  [(8, 1, 1), (2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(1, 8, 1), (2, 1, 4)])],
+  ids=lambda s: 'x'.join(map(str, s)),
+)
 def test_one_device_is_eight(sizes):
   """Loss, every gradient, the next parameters and their average, two steps on, are those of one device."""
   want = reference_steps()

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 TEXT = '--config=experiments/tiny_text.py'
 
 
+def slow(program: str, args: list[str], words: str):
+  """A case that imports JAX before it is refused, so its process takes seconds."""
+  return pytest.param(program, args, words, marks=pytest.mark.slow)
+
+
 def launch(program: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
   flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
   env = {**os.environ, 'XLA_FLAGS': flags}
@@ -78,16 +83,16 @@ def copy(finished, tmp_path) -> Path:
     ('train', [TEXT], '--workdir is missing'),
     ('train', [TEXT, '--workdir=gs://bucket/run'], 'only local folders'),
     ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
-    ('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
-    ('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
-    ('train', [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}'], 'less than one row'),
+    slow('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
+    slow('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
+    slow('train', [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}'], 'less than one row'),
     ('evaluate', ['--workdir=/tmp/none'], 'one of the verbs depths'),
     ('train', [TEXT, 'foo'], 'belongs to no flag'),
     ('train', ['--config=experiments/nope.py', '--config.seed=1'], 'experiments/nope.py: no such file'),
     ('train', [TEXT, '--config.optim.clip_norm=None', '--config.model.rope_base=0'], 'rope_base=0.0 must be above 1'),
     ('train', [TEXT, '--config.train.num_steps=4'], 'warm-up and cooldown take 21 steps'),
-    ('train', [TEXT, '--workdir=/dev/null/x'], '--workdir=/dev/null/x cannot be used'),
-    ('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
+    slow('train', [TEXT, '--workdir=/dev/null/x'], '--workdir=/dev/null/x cannot be used'),
+    slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
   ],
@@ -107,6 +112,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh(tmp_path):
   assert not (tmp_path / 'x').exists()
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_the_devices(tmp_path):
   result = launch('train', TEXT, f'--workdir={tmp_path}/x', '--config.mesh.data=3')
   assert result.returncode == 2 and 'does not fit 1 device' in result.stderr
@@ -124,6 +130,7 @@ def test_a_workdir_of_another_config(finished):
   assert 'belongs to another config' in result.stderr and "name was 'tiny_run', is 'tiny_text'" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape(copy):
   text = (copy / 'config.json').read_text().replace('"mlp_dim": 40', '"mlp_dim": 44')
   (copy / 'config.json').write_text(text)

@@ -210,6 +210,7 @@ def test_absent_files_are_left_out_but_not_all(copy, tmp_path):
     verify(copy(GRADS))
 
 
+@pytest.mark.slow
 def test_the_program_prints_one_line_and_says_all_in_its_exit_code(copy, tmp_path):
   good, bad = copy(OPTIMIZER, 'optimizer.json'), tmp_path / 'bad'
   shutil.copytree(good, bad)
