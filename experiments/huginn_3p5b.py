@@ -2,7 +2,8 @@
 
 Cost: 47,360 steps of 16.8 M tokens at 186 GFLOP per token, about 1.5e23 FLOP.
 Expected: validation loss falls with depth up to about 32; ARC-C 38 at depth 32 (their Table 1).
-The tokens are the embedded text until a prepared corpus is named, so that the shape can be tried.
+The tokens are the embedded text until a prepared corpus is named, so that the shape can be tried. Two things of
+their loop are not repeated: it skips its very first update, and its warm-up starts at a rate of exactly zero.
 """
 
 from latent_loop.config import Config
