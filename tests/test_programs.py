@@ -283,7 +283,7 @@ def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
 def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
   args = [f'--config={tmp_path}/long.py', f'--workdir={tmp_path}/run']
   (tmp_path / 'long.py').write_text(
-    'import json\nfrom latent_loop.config import from_json, view\n'
+    'from latent_loop.sealing import from_json, view\n'
     f'def get_config():\n  return view(from_json({to_json(tiny_run(60))!r}, ""))\n'
   )
   command = [sys.executable, '-m', 'launch.train', *args, '--config.checkpoint.every_steps=1000']
