@@ -134,10 +134,10 @@ def _until_eos(tokens: Iterable[int]) -> list[int]:
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
-  """samples.txt: the same prompts at depth 1, the mean and twice the mean, greedy."""
+  """samples.txt: the same prompts at depth 1, the mean and twice the mean, at temperature 0.7."""
   config, parts = trained.config, []
   for depth in sorted({1, config.depth.mean, 2 * config.depth.mean}):
-    texts = sample(trained, prompts, depth, config.eval.sample_tokens, temperature=0.0, seed=config.seed)
+    texts = sample(trained, prompts, depth, config.eval.sample_tokens, temperature=0.7, seed=config.seed)
     for prompt, text in zip(prompts, texts, strict=True):
       parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text}\n')
   path = workdir / 'samples.txt'

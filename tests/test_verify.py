@@ -212,15 +212,17 @@ def test_absent_files_are_left_out_but_not_all(copy, tmp_path):
 
 @pytest.mark.slow
 def test_the_program_prints_one_line_and_says_all_in_its_exit_code(copy, tmp_path):
-  good, bad = copy(OPTIMIZER, 'optimizer.json'), tmp_path / 'bad'
+  good, bad, lacking = copy(OPTIMIZER, 'optimizer.json'), tmp_path / 'bad', tmp_path / 'lacking'
   shutil.copytree(good, bad)
   edit(bad / OPTIMIZER, 'p0_1', nudge)
+  shutil.copytree(good, lacking)
+  edit(lacking / OPTIMIZER, 'p0_1', remove)
   command = [sys.executable, '-m', 'launch.verify']
-  flags = [[f'--golden={good}'], [f'--golden={bad}'], [f'--golden={tmp_path}/nowhere'], []]
+  flags = [[f'--golden={good}'], [f'--golden={bad}'], [f'--golden={tmp_path}/nowhere'], [], [f'--golden={lacking}']]
   runs = [subprocess.Popen(command + f, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for f in flags]
   outputs = [run.communicate() for run in runs]
-  assert [run.returncode for run in runs] == [0, 1, 2, 2]
+  assert [run.returncode for run in runs] == [0, 1, 2, 2, 2]
   for (out, _), ok in zip(outputs[:2], (True, False), strict=True):
     assert len(out.splitlines()) == 1 and json.loads(out)['ok'] is ok
-  for (out, error), word in zip(outputs[2:], ('nowhere', '--golden is missing'), strict=True):
+  for (out, error), word in zip(outputs[2:], ('nowhere', '--golden is missing', "'p0_1' is missing"), strict=True):
     assert out == '' and word in error.splitlines()[-1]
