@@ -5,7 +5,7 @@ one, and how it is sealed again, is in sealing.py.
 """
 
 import re
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_loop.errors import BadInput
@@ -40,7 +40,7 @@ class ModelConfig:
   norm_eps: float = 1e-6
   rope_base: float = 50_000.0
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  attention: Literal['auto', 'xla', 'cudnn'] = 'auto'
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   remat: Literal['none', 'iteration', 'block'] = 'iteration'
 
   @property
@@ -195,15 +195,17 @@ class TrainConfig:
 class MeshConfig:
   """Devices per mesh axis; -1 takes the devices that are left."""
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = -1  # replicas of the weights
+  fsdp: int = 1  # ways that weights, optimizer and rows are split
+  tensor: int = 1  # ways that heads, hidden units and vocabulary are split
+  dcn: int = 1  # TPU slices, joined by the data-center network; each holds replicas
+  weights: Literal['gather_once', 'gather_per_microbatch', 'gather_per_iteration'] = 'gather_once'
 
   def __post_init__(self):
-    sizes = astuple(self)
+    sizes = {name: vars(self)[name] for name in ('data', 'fsdp', 'tensor', 'dcn')}
     _require(
-      all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-      f'config.mesh has sizes {asdict(self)}; each is at least 1, and one may be -1',
+      all(size == -1 or size >= 1 for size in sizes.values()) and list(sizes.values()).count(-1) <= 1,
+      f'config.mesh has sizes {sizes}; each is at least 1, and one may be -1',
     )
 
 

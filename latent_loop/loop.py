@@ -18,9 +18,9 @@ from latent_loop.evals import depth as depth_eval
 from latent_loop.interrupt import StopRequest
 from latent_loop.metrics import JsonLines, make_writers
 from latent_loop.model import Model, build, cost
-from latent_loop.model.layers import check_attention
+from latent_loop.model.layers import choose_attention
 from latent_loop.optim import make_optimizer
-from latent_loop.parallel import sharding
+from latent_loop.parallel import chips, sharding
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
 from latent_loop.workdir import open_workdir, update_config
 
@@ -49,7 +49,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
-  check_attention(config.model)
+  choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   source = data.make_source(config)
   batches = Batches(
     source.rows('train'), config.seed, config.train.batch_size, jax.process_index(), jax.process_count()
@@ -208,8 +208,7 @@ class Logger:
     self._pending: tuple | None = None
     self.non_finite, self._first = False, True
     self.restart_clock()
-    peak = cost.peak_flops(jax.devices()[0].device_kind)
-    self._peak = peak * this.mesh.size if peak else None
+    self._peak = chips.peak_flops(jax.devices())
 
   def __enter__(self) -> 'Logger':
     return self

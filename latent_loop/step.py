@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from latent_loop.batch import Batch
 from latent_loop.config import Config, TrainConfig
@@ -17,6 +18,8 @@ from latent_loop.model import Model, Params, depth
 from latent_loop.model.layers import Rows
 from latent_loop.optim import make_schedule
 from latent_loop.parallel import sharding
+from latent_loop.parallel.sharding import ROW_AXES
+from latent_loop.parallel.weights import Gathering, on_rows
 
 _DEPTH, _STATE = 0, 1  # what a key of the step is folded with
 
@@ -64,7 +67,9 @@ def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, c
   def chunk_loss(y_BTD, targets_BT, weights_BT):
     logits_BTV = model.scores(params, y_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # A masked sum, not a lookup: where the vocabulary is split, each device sums its own part.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
     return Mean.of(log_z_BT - target_BT + cfg.z_loss * jnp.square(log_z_BT), weights_BT)
 
   with jax.named_scope('loss'):
@@ -80,20 +85,40 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
   schedule = make_schedule(config.optim, config.train.num_steps)
   num_microbatches = config.train.num_microbatches
 
-  def loss_fn(params, batch, example_ids_B, key, n, k, total_weight):
-    params = model.cast(params)
+  param_specs = jax.tree.map(lambda s: s.spec, specs.params)
+  gathering = Gathering(config.mesh.weights, param_specs)
+  fetch = gathering.ahead_of_iteration if config.mesh.weights == 'gather_per_iteration' else None
+
+  def loss_fn(weights, batch, example_ids_B, key, n, k, total_weight):
+    weights = gathering.ahead_of_microbatch(weights, batch)
     s_BTD = model.init_state(key, example_ids_B, batch.tokens_BT.shape[1])
-    y_BTD = model.forward(params, s_BTD, batch.tokens_BT, rows_of(batch), n, k)
-    return chunked_loss(model, params, y_BTD, batch, config.train).total / total_weight
+    y_BTD = model.forward(weights, s_BTD, batch.tokens_BT, rows_of(batch), n, k, fetch)
+    return chunked_loss(model, weights, y_BTD, batch, config.train).total / total_weight
+
+  def gradients(params, batch, example_ids_B, *scalars):
+    """(loss, gradients in shards); runs on each device, over its own rows."""
+    weights = gathering.ahead_of_step(model.cast(params))
+
+    def microbatch(*rows):
+      loss, grads = jax.value_and_grad(loss_fn)(weights, *rows, *scalars)
+      return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    loss, grads = accumulate(microbatch, (batch, example_ids_B), num_microbatches)
+    return jax.lax.psum(loss, ROW_AXES), gathering.reduce(grads)
+
+  gradients = on_rows(
+    gradients, mesh, (param_specs, sharding.BATCH, sharding.BATCH, P(), P(), P(), P()), (P(), param_specs)
+  )
 
   @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
     n, k = depth.draw(config.depth, jax.random.fold_in(key, _DEPTH), state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
-    grad_of = jax.value_and_grad(loss_fn)
-    microbatch = lambda b, ids: grad_of(state.params, b, ids, jax.random.fold_in(key, _STATE), n, k, total_weight)
-    loss, grads = accumulate(microbatch, batch, num_microbatches)
+    example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
+    loss, grads = gradients(
+      state.params, batch, example_ids_B, jax.random.fold_in(key, _STATE), n, k, total_weight
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -112,16 +137,11 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
   return _with_mesh(train_step, mesh)
 
 
-def accumulate(microbatch: Callable, batch: Batch, count: int) -> tuple[jax.Array, Params]:
-  """Sum of microbatch(rows, their global indices) over `count` interleaved parts of the batch.
-
-  Part j holds rows j, j + count, ...: each device then finds all of its parts in its own rows.
-  """
-  split = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-  example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
+def accumulate(microbatch: Callable, rows: tuple, count: int) -> tuple[jax.Array, Params]:
+  """Sum of microbatch(*part of rows) over `count` interleaved parts; part j holds rows j, j + count, ..."""
   if count == 1:
-    return microbatch(batch, example_ids_B)
-  parts = jax.tree.map(split, (batch, example_ids_B))
+    return microbatch(*rows)
+  parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
   zeros = jax.tree.map(
     lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
   )

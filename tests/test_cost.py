@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from latent_loop.model import Model, cost
+from latent_loop.parallel import chips
 from latent_loop.step import chunked_loss
 from tests.tiny import D, F, H, K, N, T, V, random_batch, rows_of, tiny_config, tiny_model
 
@@ -110,5 +111,6 @@ def test_parameters_of_the_huginn_parts_by_hand():
 
 
 def test_peak_is_known_for_known_devices_only():
-  assert cost.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
-  assert cost.peak_flops('cpu') is None
+  assert chips.chip_of('NVIDIA H100 80GB HBM3').flops == 989e12
+  assert chips.chip_of('TPU v5 lite').name == 'v5e' and chips.chip_of('TPU v5').name == 'v5p'
+  assert chips.chip_of('cpu') is None

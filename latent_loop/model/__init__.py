@@ -8,6 +8,7 @@ C any contracted axis.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from latent_loop.model.layers import Rows
 from latent_loop.model.looped_lm import LoopedLM
 
 Params = dict[str, Any]
+Fetch = Callable[[Params, jax.Array], Params]
+LOOP_SCOPE = 'depth_loop'  # names the loops over depth in compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +73,30 @@ class Model:
 
   def advance(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows, count) -> jax.Array:
     """The state `count` iterations on; for evaluation and decoding, without gradient."""
-    return iterate(lambda s: self.apply_core(params, s, e_BTD, rows), s_BTD, count)
+    with jax.named_scope(LOOP_SCOPE):
+      return iterate(lambda s: self.apply_core(params, s, e_BTD, rows), s_BTD, count)
 
-  def forward(self, params: Params, s_BTD: jax.Array, tokens_BT: jax.Array, rows: Rows, n, k) -> jax.Array:
-    """y after n iterations without gradient, then k <= backprop_depth with (2502.05171 section 3.3)."""
+  def forward(
+    self, params: Params, s_BTD: jax.Array, tokens_BT: jax.Array, rows: Rows, n, k, fetch: Fetch | None = None
+  ) -> jax.Array:
+    """y after n iterations without gradient, then k <= backprop_depth with (2502.05171 section 3.3).
+
+    fetch: makes the core's weights whole inside each iteration, where they are not whole yet.
+    """
     e_BTD = self.embed_input(params, tokens_BT, rows)
-    stopped = jax.lax.stop_gradient((params, s_BTD, e_BTD))
-    # Cut on the way in and on the way out: a loop of unknown length has no reverse mode.
-    s_BTD = jax.lax.stop_gradient(self.advance(*stopped, rows, n))
-    core = lambda s: self.apply_core(params, s, e_BTD, rows)
-    remat = self.cfg.remat == 'iteration'
-    s_BTD = iterate_with_gradient(core, s_BTD, k, self.depth.backprop_depth, remat)
+
+    def core(params, s_BTD, e_BTD):
+      whole = params if fetch is None else fetch(params, s_BTD)
+      return self.apply_core(whole, s_BTD, e_BTD, rows)
+
+    with jax.named_scope(LOOP_SCOPE):
+      # Cut on the way in and on the way out: a loop of unknown length has no reverse mode.
+      stopped, s_BTD, stopped_e_BTD = jax.lax.stop_gradient((params, s_BTD, e_BTD))
+      s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_e_BTD), s_BTD, n))
+      # What an iteration fetches must not be kept for the backward pass, or all of it would be whole at once.
+      remat = self.cfg.remat == 'iteration' or fetch is not None
+      iteration = lambda s: core(params, s, e_BTD)
+      s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat)
     return self.apply_coda(params, s_BTD, rows)
 
   def _bind(self, params: Params) -> LoopedLM:

@@ -68,22 +68,3 @@ def count(model: Model, seq_len: int) -> Cost:
     outer_blocks=outer,
     core_blocks=core,
   )
-
-
-# Peak dense bfloat16 FLOP/s per device, from the makers' data sheets.
-_PEAKS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5p': 459e12,
-  'TPU v5': 459e12,
-  'TPU v6 lite': 918e12,
-  'NVIDIA A100': 312e12,
-  'NVIDIA H100': 989e12,
-  'NVIDIA H200': 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """The known peak of one device, or None: model-FLOPs utilization is then not reported."""
-  hits = [peak for name, peak in _PEAKS.items() if device_kind.startswith(name)]
-  return hits[0] if hits else None

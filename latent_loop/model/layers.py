@@ -13,6 +13,8 @@ from flax import nnx
 from latent_loop.config import ModelConfig
 from latent_loop.errors import BadInput
 from latent_loop.model import initializers
+from latent_loop.model.splash import LANES, splash
+from latent_loop.parallel.sharding import target_platform
 
 
 @jax.tree_util.register_dataclass
@@ -59,23 +61,31 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def check_attention(cfg: ModelConfig) -> None:
-  """Raises BadInput when this machine or dtype has not the implementation that config.model.attention names."""
-  if cfg.attention == 'cudnn' and (jax.default_backend() != 'gpu' or cfg.compute_dtype != 'bfloat16'):
+def choose_attention(cfg: ModelConfig, seq_len: int, platform: str) -> str:
+  """The implementation that config.model.attention means on `platform` ('cpu', 'gpu', 'tpu').
+
+  'auto' is cuDNN's fused kernel on a GPU in bfloat16, splash on a TPU, XLA's own elsewhere. Raises BadInput when
+  the platform, the dtype or the length has not the one named.
+  """
+  fits = {
+    'xla': True,
+    'cudnn': platform == 'gpu' and cfg.compute_dtype == 'bfloat16',
+    'splash': platform == 'tpu' and seq_len % LANES == 0,
+  }
+  if cfg.attention == 'auto':
+    return next(kind for kind in ('cudnn', 'splash', 'xla') if fits[kind])
+  if not fits[cfg.attention]:
     raise BadInput(
-      f"config.model.attention='cudnn' needs a GPU and compute_dtype='bfloat16', and here is {jax.default_backend()} "
-      f"with {cfg.compute_dtype!r}; use 'auto'"
+      f"config.model.attention={cfg.attention!r} on {platform}, {cfg.compute_dtype}, {seq_len} tokens: 'cudnn' needs a "
+      f"GPU and bfloat16, 'splash' a TPU and rows of a multiple of {LANES} tokens; use 'auto'"
     )
+  return cfg.attention
 
 
 def attend(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows, kind: str) -> jax.Array:
-  """Causal attention inside segments; the one place that chooses an implementation.
-
-  kind 'auto' means cuDNN's fused kernel on a GPU in bfloat16, XLA everywhere else.
-  """
-  if kind == 'auto':
-    fused = jax.default_backend() == 'gpu' and q_BTNH.dtype == jnp.bfloat16
-    kind = 'cudnn' if fused else 'xla'
+  """Causal attention inside segments, by the implementation `kind` ('xla', 'cudnn' or 'splash')."""
+  if kind == 'splash':
+    return splash(q_BTNH, k_BTNH, v_BTNH, rows.segment_ids_BT, interpret=False)
   mask = None
   if rows.segment_ids_BT is not None:
     ids = rows.segment_ids_BT
@@ -125,7 +135,8 @@ class Attention(nnx.Module):
       q_BTNH = rms_norm(q_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
       k_BTNH = rms_norm(k_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
     v_BTNH = self.v('BTD,DNH->BTNH', x_BTD)
-    return self.out('BTNH,NHD->BTD', attend(q_BTNH, k_BTNH, v_BTNH, rows, cfg.attention))
+    kind = choose_attention(cfg, x_BTD.shape[1], target_platform())
+    return self.out('BTNH,NHD->BTD', attend(q_BTNH, k_BTNH, v_BTNH, rows, kind))
 
 
 class GatedMLP(nnx.Module):

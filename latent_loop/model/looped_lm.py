@@ -13,7 +13,7 @@ from latent_loop.config import ModelConfig
 from latent_loop.model import initializers
 from latent_loop.model.injection import INJECTIONS
 from latent_loop.model.layers import BLOCKS, Projection, RMSNorm, Rows
-from latent_loop.parallel.sharding import constrain
+from latent_loop.parallel.sharding import ROW_AXES, constrain
 
 
 class Embedding(nnx.Module):
@@ -86,5 +86,5 @@ class LoopedLM(nnx.Module):
 
 
 def constrain_BTD(x_BTD: jax.Array) -> jax.Array:
-  """Rows over the data and fsdp axes, positions and width whole."""
-  return constrain(x_BTD, ('data', 'fsdp'), None, None)
+  """Rows over the axes that split rows, positions and width whole."""
+  return constrain(x_BTD, ROW_AXES, None, None)

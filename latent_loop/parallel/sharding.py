@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,19 +30,34 @@ RULES = (
   (r'ns_coeffs$', P()),  # of Muon
 )
 
-BATCH = P(('data', 'fsdp'))
+# The axes that split rows, outermost first: between slices, between replicas, between holders of a weight's shards.
+ROW_AXES = ('dcn', 'data', 'fsdp')
+BATCH = P(ROW_AXES)
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
   """The mesh of `cfg` over `devices` (default: all). Raises BadInput when the sizes do not fit."""
   devices = jax.devices() if devices is None else devices
   shape = resolve(cfg, len(devices))
-  return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * 3)
+  return Mesh(_arranged(devices, tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * 4)
+
+
+def _arranged(devices: list, shape: tuple[int, ...]) -> np.ndarray:
+  """The devices in the mesh's shape; on TPUs neighbors of an axis are neighbors on the torus, slices are on `dcn`."""
+  if devices[0].platform != 'tpu':
+    return np.asarray(devices).reshape(shape)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})  # a lone slice may not say its number
+  if slices != shape[0]:
+    raise BadInput(f'config.mesh.dcn={shape[0]}: the devices are in {slices} slice(s); dcn is their number')
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  ici, dcn = (1, *shape[1:]), (slices, 1, 1, 1)
+  return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, allow_split_physical_axes=True)
 
 
 def resolve(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
   """Axis name -> size with -1 filled in; raises BadInput when they cannot multiply to `num_devices`."""
-  sizes = {'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor}
+  sizes = {'dcn': cfg.dcn, 'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor}
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if num_devices % known or (not free and known != num_devices):
@@ -83,16 +99,29 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
   """Raises BadInput unless every microbatch divides over the axes that split rows."""
-  ways = mesh.shape['data'] * mesh.shape['fsdp'] * num_microbatches
+  sizes = [mesh.shape[axis] for axis in ROW_AXES]
+  ways = math.prod(sizes) * num_microbatches
   if batch_size % ways:
     raise BadInput(
-      f'config.train.batch_size={batch_size} does not divide over data x fsdp x num_microbatches = '
-      f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} x {num_microbatches}; use a multiple of {ways}'
+      f'config.train.batch_size={batch_size} does not divide over dcn x data x fsdp x num_microbatches = '
+      f'{" x ".join(map(str, sizes))} x {num_microbatches}; use a multiple of {ways}'
     )
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
-  """`x` split as P(*axes) where a mesh is set (jax.set_mesh), `x` itself where none is."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """`x` split as P(*axes) where a mesh is set (jax.set_mesh), `x` itself where none is.
+
+  Axes that a surrounding `weights.on_rows` has already split are left out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
+  if set(mesh.manual_axes):
+    axes = tuple(axis if isinstance(axis, str) and axis not in mesh.manual_axes else None for axis in axes)
   return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def target_platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the program being traced is for, which in planning is not this machine."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
