@@ -157,5 +157,10 @@ def _with_mesh(step: Callable, mesh: Mesh) -> Callable:
     with jax.set_mesh(mesh):
       return step(*args)
 
+  def lower(*args):
+    with jax.set_mesh(mesh):
+      return step.lower(*args)
+
   run.compiled_count = step._cache_size
+  run.lower = lower
   return run

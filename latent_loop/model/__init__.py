@@ -17,13 +17,12 @@ from flax import nnx
 
 from latent_loop.config import DepthConfig, ModelConfig
 from latent_loop.model import initializers
-from latent_loop.model.depth_loop import iterate, iterate_with_gradient
+from latent_loop.model.depth_loop import LOOP_SCOPE, iterate, iterate_with_gradient
 from latent_loop.model.layers import Rows
 from latent_loop.model.looped_lm import LoopedLM
 
 Params = dict[str, Any]
 Fetch = Callable[[Params, jax.Array], Params]
-LOOP_SCOPE = 'depth_loop'  # names the loops over depth in compiled programs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+LOOP_SCOPE = 'depth_loop'  # names the loops over depth in compiled programs
+
 Core = Callable[[jax.Array], jax.Array]  # s_BTD -> s_BTD, with parameters and e bound
 
 

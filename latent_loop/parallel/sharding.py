@@ -99,7 +99,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
   """Raises BadInput unless every microbatch divides over the axes that split rows."""
-  sizes = [mesh.shape[axis] for axis in ROW_AXES]
+  check_batch_sizes(batch_size, num_microbatches, dict(mesh.shape))
+
+
+def check_batch_sizes(batch_size: int, num_microbatches: int, axes: dict[str, int]) -> None:
+  """`check_batch` for axis name -> size, where there is no mesh yet."""
+  sizes = [axes[axis] for axis in ROW_AXES]
   ways = math.prod(sizes) * num_microbatches
   if batch_size % ways:
     raise BadInput(

@@ -17,6 +17,8 @@ _BYTES = {'pred': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8}
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
 _CALLS = re.compile(r'(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
+_LIMIT = re.compile(r's32\[\]\S* constant\((\d+)\)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _GROUPS_LISTED = re.compile(r'replica_groups=\{\{([\d,]+)\}')
@@ -79,12 +81,14 @@ def _walk(computations: dict, name: str, loops: tuple[Loop, ...], mesh: Mesh) ->
     op = _op(line)
     base = op.removesuffix('-start')
     if base in _KINDS:
-      yield _collective(line, base, loops, mesh)
+      # The TPU compiler's reduce-scatter is an all-reduce in a fusion that keeps one part.
+      kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else base
+      yield _collective(line, base, kind, loops, mesh)
     elif not op.endswith(('-done', '-update')):
       called = _CALLS.findall(line)
       for branches in _BRANCHES.findall(line):
         called += [branch.strip().lstrip('%') for branch in branches.split(',')]
-      inner = (*loops, Loop(_scope(line), _trips(line))) if op == 'while' else loops
+      inner = (*loops, Loop(_scope(line), _trips(line, computations))) if op == 'while' else loops
       for target in called:
         yield from _walk(computations, target, inner, mesh)
 
@@ -104,21 +108,25 @@ def _scope(line: str) -> str:
   return found[1] if found else ''
 
 
-def _trips(line: str) -> int | None:
-  found = _TRIPS.search(line)
-  return int(found[1]) if found else None
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+  """What the compiler noted, or else the one constant that the loop's condition compares its counter with."""
+  if found := _TRIPS.search(line):
+    return int(found[1])
+  condition = computations[_CONDITION.search(line)[1]]
+  limits = {int(m[1]) for part in condition if (m := _LIMIT.match(part))}
+  return limits.pop() if len(limits) == 1 else None
 
 
-def _collective(line: str, kind: str, loops: tuple[Loop, ...], mesh: Mesh) -> Collective:
+def _collective(line: str, op: str, kind: str, loops: tuple[Loop, ...], mesh: Mesh) -> Collective:
   axes, ways = _group(line, mesh)
-  start = f'{kind}-start(' in line
-  shapes = _SHAPE.findall(line[: line.index(f' {kind}')])
+  start = f'{op}-start(' in line
+  shapes = _SHAPE.findall(line[: line.index(f' {op}')])
   sizes = [math.prod(map(int, filter(None, dims.split(',')))) * _item_bytes(dtype) for dtype, dims in shapes]
   if start and kind == 'all-gather':
     sizes = sizes[len(sizes) // 2 :]  # operands stand before results
   elif start and kind == 'collective-permute':
     sizes = [max(sizes)]
-  size = sum(sizes) * (ways if kind == 'reduce-scatter' else 1)
+  size = sum(sizes) * (ways if op == 'reduce-scatter' else 1)
   passes = 2 if kind == 'all-reduce' else 1
   return Collective(kind, size, passes * size * (ways - 1) // ways, axes, loops, _scope(line))
 

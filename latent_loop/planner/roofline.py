@@ -1,0 +1,96 @@
+"""Predicted seconds of a step from counts: FLOPs, bytes of HBM traffic, bytes between chips, each over its peak.
+
+XLA's cost analysis ignores trip counts, so everything here is counted analytically at a realized depth. The model is a
+ceiling: matrix units and HBM are taken to overlap perfectly, collectives to overlap nothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_loop.config import Config
+from latent_loop.model import depth
+from latent_loop.model.cost import Cost
+from latent_loop.planner.hlo import Collective
+from latent_loop.planner.topology import Topology
+
+DCN_BANDWIDTH = 6.25e9  # bytes/s per chip: 200 Gbit/s for a host of four
+_DRAWS = 4096
+# Bytes of activations that a block moves through HBM per token, in units of one width (read and written once each by
+# the norms, residuals, rotary and gating between its matrix products), forward.
+_TRAFFIC_PER_BLOCK = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+  """Seconds of one optimizer step at (n, k)."""
+
+  n: int
+  k: int
+  matmul: float
+  memory: float
+  communication: float
+  model_flops_per_device: float
+  peak: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.matmul, self.memory) + self.communication
+
+  @property
+  def mfu(self) -> float:
+    return self.model_flops_per_device / self.seconds / self.peak
+
+
+class Roofline:
+  """Step time as a function of depth for a config on a topology."""
+
+  def __init__(self, config: Config, cost: Cost, topology: Topology, collectives: list[Collective], microbatches: int):
+    self._config, self._cost, self._topology = config, cost, topology
+    self._collectives, self._microbatches = collectives, microbatches
+
+  def at(self, n: int, k: int) -> StepTime:
+    config, cost, chips = self._config, self._cost, self._topology.chips_per_device
+    tokens = config.train.batch_size * config.data.seq_len / self._topology.num_devices
+    peak = self._topology.chip.flops * chips
+    return StepTime(
+      n=n,
+      k=k,
+      matmul=tokens * (cost.train(n, k) + cost.recompute(k)) / peak,
+      memory=self._hbm_bytes(n, k, tokens) / (self._topology.chip.hbm_bandwidth * chips),
+      communication=self._communication(n),
+      model_flops_per_device=tokens * cost.train(n, k),
+      peak=peak,
+    )
+
+  def _hbm_bytes(self, n: int, k: int, tokens: float) -> float:
+    cfg, sizes = self._config.model, self._cost.parameters
+    item = jnp.dtype(cfg.compute_dtype).itemsize
+    core = sizes['core'] + sizes.get('injection', 0)
+    outer = sum(sizes.values()) - core
+    # Forward, recomputation and the two products of the backward pass each read the weights; the last also adds to
+    # a float32 gradient. Without gradient, forward only.
+    passes = {'core': n + 4 * k, 'outer': 3}
+    weights = item * (passes['core'] * core + passes['outer'] * outer) + 8 * (k * core + outer)
+    blocks = cfg.num_core_layers * passes['core'] + (cfg.num_prelude_layers + cfg.num_coda_layers) * passes['outer']
+    activations = tokens * blocks * _TRAFFIC_PER_BLOCK * cfg.width * item
+    optimizer = 28 * sum(sizes.values()) / self._ways()  # parameter, two moments and gradient, float32
+    return self._microbatches * weights / self._config.mesh.tensor + activations + optimizer
+
+  def _ways(self) -> int:
+    return max(self._config.mesh.fsdp, 1) * max(self._config.mesh.tensor, 1)
+
+  def _communication(self, n: int) -> float:
+    links = self._topology.chip.link_bandwidth * self._topology.chips_per_device
+    slow = DCN_BANDWIDTH * self._topology.chips_per_device
+    seconds = lambda c: c.bytes_per_step(n) / (slow if 'dcn' in c.axes else links)
+    return sum(map(seconds, self._collectives))
+
+  def over_law(self) -> list[StepTime]:
+    """The step at many draws of the depth law, after any curriculum."""
+    law = dataclasses.replace(self._config.depth, curriculum='none', curriculum_steps=0)
+    keys = jax.random.split(jax.random.key(0), _DRAWS)
+    n_R, k_R = jax.jit(jax.vmap(lambda key: depth.draw(law, key, jnp.int32(0))))(keys)
+    return [self.at(int(n), int(k)) for n, k in zip(np.asarray(n_R), np.asarray(k_R), strict=True)]

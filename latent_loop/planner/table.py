@@ -1,0 +1,91 @@
+"""A plan as text for people."""
+
+from typing import Any
+
+import numpy as np
+
+from latent_loop.planner.plan import MODES, Plan
+
+GiB = 2**30
+
+
+def describe(made: Plan, numbers: dict[str, Any]) -> str:
+  """The table that launch.plan prints."""
+  config = made.config
+  mesh = ' x '.join(f'{name} {size}' for name, size in made.mesh.items())
+  rows = [
+    ('parameters', f'{numbers["parameters"]:,}'),
+    ('hardware', f'{made.topology.name}: {numbers["chips"]} chips, {numbers["devices"]} devices'),
+    ('mesh', mesh),
+    ('global batch', f'{numbers["global_batch"]} rows of {config.data.seq_len} tokens'),
+    ('microbatches', f'{numbers["microbatches"]} per step, one after the other on each device'),
+    ('weights', config.mesh.weights),
+    *_memory(made),
+    *_collectives(made, numbers),
+    ('per step', f'{numbers["step_seconds"]:.3f} s, {numbers["mfu_ceiling"]:.1%} MFU at most, averaged over the depth law'),
+    ('tokens/s', f'{numbers["tokens_per_second"]:,.0f}'),
+    ('whole run', f'{numbers["tokens"]:.3g} tokens: {numbers["days"]:.1f} days, {numbers["chip_hours"]:,.0f} chip-hours'),
+  ]
+  lines = [f'{name:<14}{value}' for name, value in rows]
+  return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made, numbers)])
+
+
+def _memory(made: Plan) -> list[tuple[str, str]]:
+  if made.memory is None:
+    return [('memory', f'not known: no compiler for {made.topology.chip.name} here; arguments alone are in the step')]
+  used, capacity = made.memory.needed, made.capacity
+  verdict = 'fits' if made.fits else f'does NOT fit, {(used - capacity) / GiB:.1f} GiB too much'
+  parts = made.memory
+  detail = (
+    f' (arguments {parts.arguments / GiB:.2f}, temporaries {parts.temporaries / GiB:.2f}, program '
+    f'{parts.program / GiB:.2f})'
+    if parts.arguments
+    else ''
+  )
+  return [('memory', f'{used / GiB:.2f} of {capacity / GiB:.2f} GiB per device{detail}: {verdict}')]
+
+
+def _collectives(made: Plan, numbers: dict[str, Any]) -> list[tuple[str, str]]:
+  if made.collectives is None:
+    return [('collectives', 'not counted: there is no compiled program')]
+  sent = lambda found: sum(c.bytes_per_step(numbers['mean_n']) for c in found) / 1e9
+  kinds = (
+    ('weights, in the depth loops', made.weight_collectives(True)),
+    ('weights, elsewhere', made.weight_collectives(False)),
+    ('activations, in the depth loops', made.activation_collectives()),
+  )
+  return [('collectives', f'{name}: {len(found)}, {sent(found):.2f} GB sent per device and step') for name, found in kinds]
+
+
+def _by_depth(made: Plan) -> list[str]:
+  """Rows at quantiles of the depth law."""
+  roofline, times = made.roofline(), made.roofline().over_law()
+  depths = np.array([t.n + t.k for t in times])
+  k = made.config.depth.backprop_depth
+  lines = ['  depth     n   k   step s   matmul   memory   between chips   MFU <=']
+  for share in (0.05, 0.5, 0.95, 0.999):
+    r = int(np.quantile(depths, share))
+    t = roofline.at(max(r - k, 0), min(r, k))
+    lines.append(
+      f'{share:>6.1%} {r:>4} {t.n:>4} {t.k:>3} {t.seconds:>8.3f} {t.matmul:>8.3f} {t.memory:>8.3f} '
+      f'{t.communication:>15.3f} {t.mfu:>8.1%}'
+    )
+  return lines
+
+
+def _advice(made: Plan, numbers: dict[str, Any]) -> list[str]:
+  config = made.config
+  flags = [
+    f'--config.train.batch_size={config.train.batch_size}',
+    f'--config.train.num_microbatches={config.train.num_microbatches}',
+    f'--config.mesh.weights={config.mesh.weights}',
+    f'--config.mesh.dcn={config.mesh.dcn}',
+  ]
+  if made.fits is not False:
+    return ['to run it: ' + ' '.join(flags)]
+  blocks = '' if config.model.remat == 'block' else '; --config.model.remat=block'
+  more = f'a larger fsdp axis (now {config.mesh.fsdp}; it must divide the width {config.model.width})'
+  return [
+    f'No mode fits ({", ".join(MODES)} tried). What helps: {more}; --config.mesh.tensor=2 or more{blocks}; '
+    'a smaller --config.train.loss_chunk; chips with more memory.'
+  ]

@@ -1,0 +1,61 @@
+"""Hardware by name: 'v5p:4x4x4' as devices to compile for, 'h200:64' as numbers, 'cpu:8' as this machine."""
+
+import dataclasses
+import math
+import re
+
+import jax
+from jax.experimental import topologies
+
+from latent_loop.errors import BadInput
+from latent_loop.parallel.chips import CHIPS, Chip, count_chips
+
+_LAPTOP = Chip('cpu', ('cpu',), 1e11, 16 * 2**30, 2e10, 1e10)  # orders of magnitude, for tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """devices: to compile for; empty where no compiler for them is here, and only counting is possible."""
+
+  name: str
+  chip: Chip
+  devices: list
+  num_devices: int
+  num_chips: int
+
+  @property
+  def chips_per_device(self) -> float:
+    return self.num_chips / self.num_devices
+
+
+def find(name: str, slices: int) -> Topology:
+  """The topology `name`, `slices` times. Raises BadInput for an unknown one, or where libtpu is absent."""
+  known = {chip.name: chip for chip in (*CHIPS, _LAPTOP)}
+  kind, _, size = name.partition(':')
+  shaped = re.fullmatch(r'\d+(x\d+)*', size)
+  if kind not in known or not shaped:
+    raise BadInput(f'--topology={name}: unknown; write a chip ({", ".join(known)}) and a shape or number, as v5p:4x4x4')
+  if slices < 1:
+    raise BadInput(f'--slices={slices}: there is at least one slice')
+  chip, total = known[kind], math.prod(map(int, size.split('x'))) * slices
+  if kind == 'cpu':
+    if total > len(jax.devices()):
+      raise BadInput(f'--topology={name}: this machine shows {len(jax.devices())} CPU device(s); ask for no more')
+    return Topology(name, chip, jax.devices()[:total], total, total)
+  if not chip.kinds[0].startswith('TPU'):
+    return Topology(name, chip, [], total, total)
+  devices = _tpu_devices(name, slices)
+  return Topology(name, chip, devices, len(devices), count_chips(devices))
+
+
+def _tpu_devices(name: str, slices: int) -> list:
+  options = {'num_slices': slices} if slices > 1 else {}
+  try:
+    return list(topologies.get_topology_desc(name, 'tpu', **options).devices)
+  except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # JaxRuntimeError is a RuntimeError
+    text = ' '.join(str(error).split())
+    if 'libtpu' in text or 'not in the list of known backends' in text or 'Unable to initialize' in text:
+      raise BadInput(
+        f"--topology={name}: the TPU compiler is not here ({text[:200]}); pip install -r launch/requirements/tpu.txt"
+      ) from error
+    raise BadInput(f'--topology={name}: libtpu knows no such topology ({text[:200]}); try v5e:4x4 or v5p:4x4x4') from error
