@@ -79,7 +79,7 @@ def test_an_array_that_two_rules_match_is_refused_by_name(monkeypatch):
 
 @pytest.mark.parametrize(
   'sizes, want',
-  [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, 4), (1, 2, 4)), ((1, 1, -1), (1, 1, 8))],
+  [((-1, 1, 1), (1, 8, 1, 1)), ((2, -1, 2), (1, 2, 2, 2)), ((1, 2, 4), (1, 1, 2, 4)), ((1, 2, 1, 4), (4, 1, 2, 1))],
 )
 def test_mesh_fills_in_the_axis_that_is_left(sizes, want):
   assert tuple(resolve(MeshConfig(*sizes), 8).values()) == want

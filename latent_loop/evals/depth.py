@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from latent_loop.batch import Batch
 from latent_loop.errors import BadInput
 from latent_loop.metrics import Mean
 from latent_loop.model import Model, Params
 from latent_loop.model.layers import Rows
+from latent_loop.parallel.sharding import BATCH, ROW_AXES, specs_of
+from latent_loop.parallel.weights import gather, on_rows
 
 
 @jax.tree_util.register_dataclass
@@ -53,10 +56,10 @@ def make_depth_eval(model: Model, mesh: Mesh, depths: tuple[int, ...], loss_chun
   """(params, batch, key) -> DepthMeans; the number of depths is compiled in, the depths are not."""
   gaps_R = jnp.diff(jnp.array((0, *depths)))
 
-  @jax.jit
-  def evaluate(params: Params, batch: Batch, key: jax.Array, gaps_R: jax.Array) -> DepthMeans:
-    params = model.cast(params)
-    B, T = batch.tokens_BT.shape
+  def evaluate(params: Params, batch: Batch, example_ids_B: jax.Array, key: jax.Array, gaps_R: jax.Array):
+    """The sums over all rows; runs on each device, over its own."""
+    params = gather(model.cast(params), specs_of(params))
+    T = batch.tokens_BT.shape[1]
     rows = Rows(batch.positions_BT, batch.segment_ids_BT)
     e_BTD = model.embed_input(params, batch.tokens_BT, rows)
     real_BT = (batch.segment_ids_BT > 0).astype(jnp.float32)
@@ -67,7 +70,7 @@ def make_depth_eval(model: Model, mesh: Mesh, depths: tuple[int, ...], loss_chun
       step_BT = _norm(s_BTD - before_BTD) / jnp.maximum(_norm(s_BTD), 1e-9)
       return s_BTD, (s_BTD, Mean.of(step_BT, real_BT), token_correlation(s_BTD, real_BT))
 
-    s_BTD = model.init_state(key, jnp.arange(B), T)
+    s_BTD = model.init_state(key, example_ids_B, T)
     deepest_BTD, (states_RBTD, residual, correlation) = jax.lax.scan(visit, s_BTD, gaps_R)
     deepest_BTD = model.apply_coda(params, deepest_BTD, rows)
 
@@ -77,12 +80,18 @@ def make_depth_eval(model: Model, mesh: Mesh, depths: tuple[int, ...], loss_chun
 
     nll, accuracy, kl = jax.lax.map(read, states_RBTD)
     text_bytes = jnp.sum(batch.weights_BT * (batch.targets_BT < 256))
-    return DepthMeans(nll, accuracy, kl, residual, correlation, text_bytes)
+    return jax.lax.psum(DepthMeans(nll, accuracy, kl, residual, correlation, text_bytes), ROW_AXES)
 
-  @functools.wraps(evaluate)
-  def run(params, batch, key):
+  @jax.jit
+  def everywhere(params, batch, key, gaps_R):
+    rows = (BATCH, BATCH)
+    run = on_rows(evaluate, mesh, (specs_of(params), *rows, P(), P()), P())
+    return run(params, batch, jnp.arange(batch.tokens_BT.shape[0]), key, gaps_R)
+
+  @functools.wraps(everywhere)
+  def run(params: Params, batch: Batch, key: jax.Array) -> DepthMeans:
     with jax.set_mesh(mesh):
-      return evaluate(params, batch, key, gaps_R)
+      return everywhere(params, batch, key, gaps_R)
 
   return run
 

@@ -14,7 +14,7 @@ from latent_loop.config import ModelConfig
 from latent_loop.errors import BadInput
 from latent_loop.model import initializers
 from latent_loop.model.splash import LANES, splash
-from latent_loop.parallel.sharding import target_platform
+from latent_loop.parallel.sharding import on_own_rows, target_platform
 
 
 @jax.tree_util.register_dataclass
@@ -136,6 +136,8 @@ class Attention(nnx.Module):
       k_BTNH = rms_norm(k_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
     v_BTNH = self.v('BTD,DNH->BTNH', x_BTD)
     kind = choose_attention(cfg, x_BTD.shape[1], target_platform())
+    if kind == 'splash' and not on_own_rows():
+      kind = 'xla'  # a kernel cannot be split by the compiler; generation, which is, does without it
     return self.out('BTNH,NHD->BTD', attend(q_BTNH, k_BTNH, v_BTNH, rows, kind))
 
 

@@ -80,12 +80,17 @@ def spec_of(path: str) -> P:
   return hits[0]
 
 
+def specs_of(tree: Any) -> Any:
+  """The PartitionSpec of every array of `tree`."""
+  one = lambda keypath, leaf: spec_of(path_of(keypath)) if leaf.ndim else P()
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
   """A NamedSharding for every array of `tree` (arrays or shapes); raises BadInput when one does not divide."""
 
-  def one(keypath, leaf):
+  def one(keypath, leaf, spec):
     path = path_of(keypath)
-    spec = spec_of(path) if leaf.ndim else P()
     for size, axis in zip(leaf.shape, spec, strict=False):
       if axis is not None and size % mesh.shape[axis]:
         raise BadInput(
@@ -94,7 +99,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         )
     return NamedSharding(mesh, spec)
 
-  return jax.tree_util.tree_map_with_path(one, tree)
+  return jax.tree_util.tree_map_with_path(one, tree, specs_of(tree))
 
 
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
@@ -130,3 +135,8 @@ def target_platform() -> str:
   """'cpu', 'gpu' or 'tpu': what the program being traced is for, which in planning is not this machine."""
   mesh = jax.sharding.get_abstract_mesh()
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def on_own_rows() -> bool:
+  """Whether the code being traced runs on each device's own rows (parallel/weights.py), not on the global batch."""
+  return set(ROW_AXES) <= set(jax.sharding.get_abstract_mesh().manual_axes)

@@ -24,6 +24,9 @@ from latent_loop.planner.roofline import Roofline
 from latent_loop.step import make_sharded_state, make_train_step
 
 _TOKENS = 4096  # tokens per device and microbatch that keep matrix units busy
+# The TPU compiler's search for speed off: a quarter of the compile time, the same collectives, memory within 1 %
+# (experiments/LOG.md).
+_QUICK = {'exec_time_optimization_effort': -1.0}
 _SMALL = 1024  # bytes; below it a collective carries numbers, not weights
 MODES = ('gather_once', 'gather_per_microbatch', 'gather_per_iteration')
 
@@ -116,7 +119,7 @@ def _compile(config: Config, found: topology.Topology) -> Plan:
   lowered = _lower(config, model, mesh)
   begin = time.perf_counter()
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=_QUICK if mesh.devices.flat[0].platform == 'tpu' else None)
   except jax.errors.JaxRuntimeError as error:
     memory = _out_of_memory(error)
     return Plan(config, found, sizes, counted, memory, None, time.perf_counter() - begin, None)

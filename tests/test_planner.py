@@ -1,0 +1,143 @@
+"""The planner: HLO read right, sentences for hardware that is not known, the real step compiled for a real TPU."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latent_loop import planner
+from latent_loop.config import MeshConfig
+from latent_loop.errors import BadInput
+from latent_loop.model import build, cost
+from latent_loop.planner import hlo, topology
+from latent_loop.planner.roofline import Roofline
+from tests.reading_path import ROOT
+from tests.tiny import B, T, V, mesh_of, tiny_config
+
+KEYS = {
+  'parameters', 'fits', 'hbm_bytes_per_device', 'hbm_capacity_bytes', 'devices', 'chips', 'mesh', 'global_batch',
+  'microbatches', 'weight_collectives_in_depth_loops', 'weight_collectives_elsewhere', 'collective_bytes_per_step',
+  'compile_seconds', 'step_seconds', 'mfu_ceiling', 'tokens_per_second',
+}  # fmt: skip
+HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
+
+HLO = """HloModule tiny
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %ag = f32[64]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%free (p: (s32[], s32[], f32[8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%init), condition=%cond, body=%body, metadata={op_name="jit(f)/depth_loop/while"}
+  %v = (s32[], f32[8]{0}) while(%init), condition=%free, body=%body, metadata={op_name="jit(f)/while"}
+  %rs = bf16[16]{0} reduce-scatter(%b), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, to_apply=%add
+  %one = f32[4]{0} all-reduce(%c), replica_groups={{0},{1}}, to_apply=%add
+  ROOT %ar = (f32[3]{0}, bf16[2]{0}) all-reduce-start(%d, %e), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_read_with_kind_size_axes_and_loops():
+  first, second, scatter, reduce = hlo.collectives(HLO, mesh_of(2, 4))
+  assert (first.kind, first.size_bytes, first.sent_bytes, first.axes) == ('all-gather', 256, 192, ('fsdp',))
+  assert first.inside('depth_loop') and not second.inside('depth_loop')
+  assert first.bytes_per_step(7) == 5 * 192 and second.bytes_per_step(7) == 7 * 192
+  assert (scatter.kind, scatter.size_bytes, scatter.axes) == ('reduce-scatter', 64, ('data',))
+  assert (reduce.kind, reduce.size_bytes, reduce.axes) == ('all-reduce', 16, ('data', 'fsdp'))
+  assert reduce.sent_bytes == 2 * 16 * 7 // 8
+
+
+@pytest.mark.parametrize(
+  'name, says',
+  [('v5p', 'unknown'), ('v9:2x2', 'unknown'), ('h100:x', 'unknown'), ('cpu:9', 'this machine shows 8 CPU device')],
+)
+def test_unknown_hardware_is_a_sentence(name, says):
+  with pytest.raises(BadInput, match=says):
+    topology.find(name, 1)
+  with pytest.raises(BadInput, match='--slices=0'):
+    topology.find('h100:8', 0)
+
+
+def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
+  config = tiny_config()
+  found = topology.find('h200:4', 2)
+  assert (found.num_chips, found.devices) == (8, [])
+  counted = cost.count(build(config.model, config.depth), T)
+  at = Roofline(config, counted, found, [], 1).at
+  assert at(9, 3).matmul - at(5, 3).matmul == pytest.approx(4 * counted.core * B * T / 8 / 989e12)
+  assert 0 < at(5, 3).mfu < 1
+  numbers = planner.summary(planner.plan(config, 'h200:4', 2, None, print))
+  assert KEYS <= numbers.keys() and numbers['fits'] is None and numbers['weight_collectives_elsewhere'] is None
+
+
+@pytest.mark.slow
+def test_the_step_is_planned_on_virtual_devices():
+  config = tiny_config(**{'mesh.fsdp': 4, 'mesh.data': -1, 'train.batch_size': 32})
+  made = planner.plan(config, 'cpu:8', 1, 64, print)
+  numbers = planner.summary(made)
+  assert KEYS <= numbers.keys() and numbers['fits'] is True
+  assert numbers['mesh'] == {'dcn': 1, 'data': 2, 'fsdp': 4, 'tensor': 1} and numbers['global_batch'] == 64
+  assert numbers['weight_collectives_in_depth_loops'] == 0 < numbers['weight_collectives_elsewhere']
+  assert numbers['collective_bytes_per_step'] == sum(c.bytes_per_step(0) for c in made.collectives)
+  assert 'fits' in planner.describe(made, numbers) and '--config.train.num_microbatches' in planner.describe(made, numbers)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_with_the_amount_and_the_remedy(monkeypatch):
+  chip = dataclasses.replace(topology._LAPTOP, hbm_bytes=1000)
+  monkeypatch.setattr(topology, '_LAPTOP', chip)
+  made = planner.plan(tiny_config(**{'mesh.weights': 'gather_per_iteration'}), 'cpu:8', 1, None, print)
+  text = planner.describe(made, planner.summary(made))
+  assert made.fits is False and 'does NOT fit' in text and 'GiB too much' in text and 'a larger fsdp axis' in text
+
+
+@pytest.mark.parametrize('batch, says', [(12, 'does not divide over dcn x data x fsdp')])
+def test_a_batch_that_does_not_divide_is_a_sentence(batch, says):
+  with pytest.raises(BadInput, match=says):
+    planner.plan(tiny_config(), 'h200:8', 1, batch, print)
+
+
+@pytest.mark.parametrize('axes', [{'dcn': 2}, {'dcn': 4, 'data': 2}, {'dcn': 2, 'fsdp': 2, 'tensor': 2}])
+def test_slices_are_the_outermost_axis(axes):
+  from latent_loop.parallel import sharding
+
+  mesh = sharding.make_mesh(MeshConfig(**{'data': -1, **axes}))
+  assert mesh.axis_names[0] == 'dcn' and mesh.shape['dcn'] == axes['dcn']
+  ids = np.vectorize(lambda device: device.id)(mesh.devices)
+  assert [sorted(part.ravel()) for part in ids] == np.arange(8).reshape(axes['dcn'], -1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason='the TPU compiler is not installed: launch/requirements/tpu.txt')
+def test_the_step_compiles_for_a_real_tpu_with_no_weight_collective_in_the_depth_loops(tmp_path):
+  flags = {
+    'model.width': 256, 'model.num_heads': 2, 'model.mlp_dim': 256, 'model.compute_dtype': 'bfloat16',
+    'model.vocab_size': V + 188, 'data.seq_len': 128, 'train.loss_chunk': 128, 'mesh.fsdp': 2,
+  }  # fmt: skip
+  command = [
+    sys.executable, '-m', 'launch.plan', '--config=experiments/tiny_task.py', '--topology=v5e:2x2', '--json',
+    f'--dump_hlo={tmp_path}/step.hlo', *(f'--config.{key}={value}' for key, value in flags.items()),
+  ]  # fmt: skip
+  environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
+  ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+  assert ran.returncode == 0, ran.stderr
+  numbers = json.loads(ran.stdout.splitlines()[-1])
+  assert numbers['fits'] is True and numbers['devices'] == 4
+  assert numbers['weight_collectives_in_depth_loops'] == 0 < numbers['weight_collectives_elsewhere']
+  assert 'all-gather' in (tmp_path / 'step.hlo').read_text()
