@@ -109,7 +109,7 @@ def _tpu_seat(environment: dict[str, str]):
   """On GKE the environment knows all; on a TPU VM the machine's metadata server does."""
   from latent_loop.parallel.processes import Seat
 
-  if 'TPU_WORKER_HOSTNAMES' in environment:
+  if {'TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'} <= environment.keys():
     workers, worker, slices = environment['TPU_WORKER_HOSTNAMES'].split(','), environment['TPU_WORKER_ID'], environment
   else:
     # Either hosts, or name:id:address of each.

@@ -25,7 +25,7 @@ from latent_loop.errors import BadInput
 
 BUG, BAD_INPUT, PEER_LOST = 1, 2, 14  # exit codes
 TOGETHER = (0, 10, 11)  # exit codes that every process of a run ends with at the same step
-SUSPECT_SECS = 3  # a lost process shows first as a collective that fails: how long to wait for the news of it
+SUSPECT_SECS = 6  # a lost process shows first as a collective that fails: how long to wait for the news of it
 GRACE_SECS = 10  # a process that failed may have company: how long the others may take to say why themselves
 SILENT_SECS = 30  # a machine that vanished sends no farewell: the kernel gives up on it after this long
 
