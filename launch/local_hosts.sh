@@ -43,6 +43,7 @@ for ((i = 0; i < processes; i++)); do
   else
     "${command[@]}" > >(prefix "$i") 2> >(prefix "$i" >&2) &
     pids[i]=$!
+    echo "process $i has pid ${pids[i]}"
   fi
 done
 [ -z "$dry_run" ] || exit 0

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,28 +287,34 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 class Pair:
-  """A launcher of two processes under way, and their ids."""
+  """A launcher of two processes under way; the context ends what is left of them."""
 
   def __init__(self, folder: Path, *args: str):
     command = ['bash', 'launch/local_hosts.sh', '2', '1', f'--config={small_run(folder)}', f'--workdir={folder}/run']
     options = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
     self.launcher = subprocess.Popen([*command, *args], cwd=ROOT, env=ENV, **options)
+    self._seen = ''
+
+  def __enter__(self) -> 'Pair':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self.launcher.poll() is None:
+      self.signal(0, signal.SIGKILL)
+      self.launcher.communicate(timeout=60)
 
   def wait_for(self, words: str) -> None:
     for line in self.launcher.stdout:
+      self._seen += line
       if words in line:
         return
-    pytest.fail(f'{words!r} did not come')
+    pytest.fail(f'{words!r} did not come: {self._seen}')
 
-  def process(self, index: int) -> int:
-    """The id of process `index`, from the table of processes."""
-    listed = subprocess.run(['ps', '-eo', 'pid,ppid,args'], capture_output=True, text=True, check=True).stdout
-    rows = (line.split(None, 2) for line in listed.splitlines()[1:])
-    return next(
-      int(pid)
-      for pid, parent, args in rows
-      if int(parent) == self.launcher.pid and f'--process_id={index} ' in args and 'launch.train' in args
-    )
+  def signal(self, process: int, number: int) -> None:
+    os.kill(int(re.search(rf'^process {process} has pid (\d+)$', self._seen, re.MULTILINE).group(1)), number)
+
+  def rest(self) -> str:
+    return self.launcher.communicate(timeout=60)[0]
 
 
 LONG = ('--config.train.num_steps=100000', '--config.checkpoint.every_steps=100000')
@@ -316,11 +323,11 @@ LONG = ('--config.train.num_steps=100000', '--config.checkpoint.every_steps=1000
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_killing_one_of_two_ends_the_other_with_14_in_seconds(tmp_path, victim):
-  pair = Pair(tmp_path, *LONG)
-  pair.wait_for('step 3/')
-  os.kill(pair.process(victim), signal.SIGKILL)
-  start = time.monotonic()
-  rest, _ = pair.launcher.communicate(timeout=60)
+  with Pair(tmp_path, *LONG) as pair:
+    pair.wait_for('step 3/')
+    pair.signal(victim, signal.SIGKILL)
+    start = time.monotonic()
+    rest = pair.rest()
   assert time.monotonic() - start < 10, 'the time that launch/README.md states'
   assert pair.launcher.returncode == 14, rest
   assert f'process {1 - victim} ended with exit code 14' in rest
@@ -329,10 +336,10 @@ def test_killing_one_of_two_ends_the_other_with_14_in_seconds(tmp_path, victim):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path):
-  pair = Pair(tmp_path, *LONG)
-  pair.wait_for('step 3/')
-  os.kill(pair.process(1), signal.SIGTERM)
-  rest, _ = pair.launcher.communicate(timeout=60)
+  with Pair(tmp_path, *LONG) as pair:
+    pair.wait_for('step 3/')
+    pair.signal(1, signal.SIGTERM)
+    rest = pair.rest()
   assert pair.launcher.returncode == 10, rest
   assert rest.count('ended with exit code 10') == 2 and rest.count('start the same command again') == 1
   saved = int(next((tmp_path / 'run' / 'checkpoints').iterdir()).name)
