@@ -418,3 +418,32 @@ def test_rows_are_in_order_when_the_mesh_interleaves_processes():
   for process in pair:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and b'rows in order' in out
+
+
+ENDING = """
+import os, signal, sys, time
+from latent_loop.parallel import processes
+me, port, ends, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+group = processes.join(processes.Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
+group.agree(0, False)
+if me == ends and how == 137:
+  os.kill(os.getpid(), signal.SIGKILL)
+if me == ends:
+  group.leave(how)
+  os._exit(how)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ends,how,others', [(0, 2, 2), (2, 1, 14), (0, 137, 14), (2, 137, 14)])
+def test_the_end_of_one_of_three_reaches_the_two_others(ends, how, others):
+  """Also those that hold no connection to it, and from a main thread that would never come back."""
+  command, port = [sys.executable, '-c', ENDING], str(free_port())
+  options = {'cwd': ROOT, 'env': ENV, 'stderr': subprocess.PIPE, 'text': True}
+  three = [subprocess.Popen([*command, str(i), port, str(ends), str(how)], **options) for i in range(3)]
+  what = 'was lost (killed, or its machine is gone)' if how == 137 else f'ended with exit code {how}'
+  for i, process in enumerate(three):
+    _, error = process.communicate(timeout=40)
+    assert process.returncode == (others if i != ends else -9 if how == 137 else how), error
+    assert i == ends or f'error: process {ends} of 3 {what}, so process {i} ends too' in error

@@ -26,7 +26,7 @@ from latent_loop.errors import BadInput
 BUG, BAD_INPUT, PEER_LOST = 1, 2, 14  # exit codes
 TOGETHER = (0, 10, 11)  # exit codes that every process of a run ends with at the same step
 SUSPECT_SECS = 6  # a lost process shows first as a collective that fails: how long to wait for the news of it
-GRACE_SECS = 10  # a process that failed may have company: how long the others may take to say why themselves
+GRACE_SECS = 4  # a process that failed may have company: how long the others may take to say why themselves
 SILENT_SECS = 30  # a machine that vanished sends no farewell: the kernel gives up on it after this long
 
 
@@ -338,9 +338,14 @@ class Group:
 
   def _give_up(self, process: int, code: int | None) -> NoReturn:
     what = 'was lost (killed, or its machine is gone)' if code is None else f'ended with exit code {code}'
+    again = (
+      'correct that'
+      if code == BAD_INPUT
+      else 'start the same command everywhere again: it continues from the last save'
+    )
     print(
       f'error: process {process} of {self.seat.num_processes} {what}, so process {self.seat.process_id} ends too; look '
-      'at the output of that process, and start the same command everywhere again: it continues from the last save',
+      f'at the output of that process, and {again}',
       file=sys.stderr,
       flush=True,
     )
