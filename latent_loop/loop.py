@@ -51,9 +51,8 @@ def prepare(config: Config, workdir: Path) -> Run:
   sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   source = data.make_source(config)
-  batches = Batches(
-    source.rows('train'), config.seed, config.train.batch_size, jax.process_index(), jax.process_count()
-  )
+  mine = trained.rows_here(config.train.batch_size, mesh)
+  batches = Batches(source.rows('train'), config.seed, config.train.batch_size, mine)
   fingerprint = f'{source.fingerprint}/{batches.order_hash()}'
   model = build(config.model, config.depth)
   optimizer = make_optimizer(config.optim, config.train.num_steps)
@@ -78,9 +77,20 @@ def prepare(config: Config, workdir: Path) -> Run:
   )
 
 
-def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = None) -> int:
+def alone(step: int, wanted: bool) -> bool:
+  """Whether a single process stops after `step`: as it wants."""
+  return wanted
+
+
+def run(
+  config: Config,
+  workdir: Path,
+  profile_steps: tuple[int, int] | None = None,
+  agree: Callable[[int, bool], bool] = alone,
+) -> int:
   """Trains until config.train.num_steps and writes the depth report; returns the exit code.
 
+  agree(step, wanted) -> whether all processes stop after this step, given whether this one wants to.
   Started again it goes on from the newest checkpoint, bit for bit as if it had never stopped.
   """
   this = prepare(config, workdir)
@@ -95,7 +105,7 @@ def run(config: Config, workdir: Path, profile_steps: tuple[int, int] | None = N
       wait_secs = time.perf_counter() - wait_start
       this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
       logger.take(step + 1, metrics, batch.hash(), wait_secs)
-      stopping, last = stop.requested, step + 1 == total
+      stopping, last = agree(step, stop.requested), step + 1 == total
       saving = stopping or last or (step + 1) % config.checkpoint.every_steps == 0
       if saving:  # look at this step's numbers first, and write them: a resume begins behind them
         logger.flush()
@@ -125,8 +135,9 @@ def finished_before(this: Run) -> bool:
     this.checkpoints.close()
     say(f'{this.workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
   elif this.start:
-    for line in update_config(this.workdir, this.config):
-      say(f'changed since the run began: {line}')
+    if jax.process_index() == 0:
+      for line in update_config(this.workdir, this.config):
+        say(f'changed since the run began: {line}')
   return done
 
 
@@ -156,13 +167,17 @@ def finish(this: Run) -> None:
   paths = []
   if this.config.eval.sample_tokens:
     paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
-  paths += trained.write_depth_report(done, this.workdir, numbers)
-  say('\n'.join(depth_eval.table(numbers)))
-  say('wrote ' + ' '.join(map(str, paths)))
+  if jax.process_index() == 0:
+    paths += trained.write_depth_report(done, this.workdir, numbers)
+    say('\n'.join(depth_eval.table(numbers)))
+    say('wrote ' + ' '.join(map(str, paths)))
 
 
 class Profiler:
-  """Traces the steps from `steps[0]` up to, not including, `steps[1]` with jax.profiler, under workdir/profile."""
+  """Traces the steps from `steps[0]` up to, not including, `steps[1]` with jax.profiler, under workdir/profile.
+
+  Of many processes the first one traces: its devices do what all do.
+  """
 
   def __init__(self, this: Run, steps: tuple[int, int] | None):
     total = this.config.train.num_steps
@@ -171,7 +186,8 @@ class Profiler:
         f'--profile_steps={steps[0]}:{steps[1]} lies outside the steps to do, {this.start}:{total}; '
         'choose a range inside'
       )
-    self._steps, self._folder, self._tracing = steps, this.workdir / 'profile', False
+    self._steps = steps if jax.process_index() == 0 else None
+    self._folder, self._tracing = this.workdir / 'profile', False
 
   def __enter__(self) -> 'Profiler':
     return self

@@ -58,10 +58,35 @@ def load(workdir: Path) -> Trained:
   return Trained(config, model, state.averaged_params, mesh, step)
 
 
+def _blocks(mesh: Mesh) -> tuple[list[int], int]:
+  """(the blocks of rows that this process's devices hold, ascending; how many blocks the mesh makes)."""
+  ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH[0])
+  held = NamedSharding(mesh, sharding.BATCH).addressable_devices_indices_map((ways,)).values()
+  return sorted({rows.indices(ways)[0] for (rows,) in held}), ways
+
+
+def rows_here(batch_size: int, mesh: Mesh) -> list[int]:
+  """Which rows of a global batch this process feeds: those that its devices hold, whatever their order in the mesh."""
+  blocks, ways = _blocks(mesh)
+  size = batch_size // ways
+  return [block * size + i for block in blocks for i in range(size)]
+
+
 def place(batch: Batch, mesh: Mesh) -> Batch:
-  """A process's rows as its part of the global batch on the mesh."""
-  rows = NamedSharding(mesh, sharding.BATCH)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+  """A process's rows, those of `rows_here`, as its part of the global batch on the mesh."""
+  blocks, ways = _blocks(mesh)
+
+  def one(x):
+    size = x.shape[0] // len(blocks)
+    at = {block * size: i * size for i, block in enumerate(blocks)}
+
+    def part(index):
+      first = at[index[0].indices(size * ways)[0]]
+      return x[first : first + size]
+
+    return jax.make_array_from_callback((size * ways, *x.shape[1:]), NamedSharding(mesh, sharding.BATCH), part)
+
+  return jax.tree.map(one, batch)
 
 
 def make_evaluator(
@@ -75,7 +100,7 @@ def make_evaluator(
   passes = config.train.num_microbatches
   sharding.check_batch(config.train.batch_size, passes, mesh)
   rows, size = source.rows('validation'), config.train.batch_size // passes
-  batches = Batches(rows, VALIDATION_SEED, size, jax.process_index(), jax.process_count())
+  batches = Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh))
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
 
   def numbers(params: Params, step: int) -> dict[str, Any]:
@@ -134,12 +159,16 @@ def _until_eos(tokens: Iterable[int]) -> list[int]:
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
-  """samples.txt: the same prompts at depth 1, the mean and twice the mean, at temperature 0.7."""
+  """samples.txt: the same prompts at depth 1, the mean and twice the mean, at temperature 0.7.
+
+  Every process has to call it; the first one writes.
+  """
   config, parts = trained.config, []
   for depth in sorted({1, config.depth.mean, 2 * config.depth.mean}):
     texts = sample(trained, prompts, depth, config.eval.sample_tokens, temperature=0.7, seed=config.seed)
     for prompt, text in zip(prompts, texts, strict=True):
       parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text}\n')
   path = workdir / 'samples.txt'
-  path.write_text('\n'.join(parts))
+  if jax.process_index() == 0:
+    path.write_text('\n'.join(parts))
   return path

@@ -6,6 +6,9 @@ import os
 import platform
 from pathlib import Path
 
+import jax
+from jax.experimental import multihost_utils
+
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.sealing import differences, fingerprint, from_json, to_json
@@ -21,9 +24,22 @@ SAFE = (
 def open_workdir(workdir: Path, config: Config) -> None:
   """Makes the folder of `config`, or checks that it is this config's folder and leaves it as it is.
 
-  Raises BadInput, naming the fields, when it belongs to a config that differs in more than SAFE values, and
-  when it cannot be made or written.
+  Of many processes the first one does it; the others look at what it left. Raises BadInput, naming the fields,
+  when the folder belongs to a config that differs in more than SAFE values, when it cannot be made or written,
+  and when not all processes see it.
   """
+  if jax.process_index() == 0:
+    _open(workdir, config)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('workdir is open')
+    if not (workdir / 'config.json').is_file():
+      raise BadInput(
+        f'--workdir={workdir}: process {jax.process_index()} does not see what process 0 wrote there; give a folder '
+        'that all machines share'
+      )
+
+
+def _open(workdir: Path, config: Config) -> None:
   path = workdir / 'config.json'
   try:
     if path.exists():

@@ -1,6 +1,7 @@
 # Sourced by the shell scripts, which then call: ensure_environment FILE...
 # It makes .venv once, installs requirements.txt and the FILEs when they change, and activates .venv.
-# PYTHON=... chooses the interpreter.
+# PYTHON=... chooses the interpreter. VENV=none makes no .venv: the python on the path, or beside PYTHON, has the packages
+# already, as in a container.
 
 supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 
@@ -19,6 +20,10 @@ find_python() {
 
 ensure_environment() {
   local interpreter wanted stamp options=() file
+  if [ "${VENV:-}" = none ]; then
+    [ -z "${PYTHON:-}" ] || PATH=$(dirname "$PYTHON"):$PATH
+    return
+  fi
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # absent, or left half made
     interpreter=$(find_python) || exit 2
     echo "making .venv with $("$interpreter" --version)"

@@ -1,5 +1,6 @@
 """What every program shares: flags in, exit code out, and bad input as one sentence."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
 
   Bad flags, config keys and BadInput: a sentence and code 2. Anything else unforeseen: a traceback and 1.
   """
-  app.run(lambda argv: sys.exit(_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
+  app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 
 
 def _verb(rest: list[str], verbs: tuple[str, ...]) -> list[str]:
@@ -63,16 +64,35 @@ def _sets_none(arg: str) -> bool:
   return arg.startswith('--config.') and arg.endswith('=None')
 
 
-def _guard(main: Callable[[], int]) -> int:
+def _guard(main: Callable[[], int]) -> tuple[int, str]:
+  """(exit code, what to say on stderr) of main()."""
   from latent_loop.errors import BadInput
 
   try:
-    return main()
+    return main(), ''
   except BadInput as error:
-    _refuse(str(error))
+    return BAD_INPUT, f'error: {error}'
   except Exception:  # the one place: an unforeseen error must still leave with its own exit code
-    traceback.print_exc()
-    return BUG
+    return BUG, traceback.format_exc()
+
+
+_LEAVE: list[Callable[[int], None]] = []
+
+
+def leave_by(leave: Callable[[int], None]) -> None:
+  """From now on this process is one of many: it calls leave(exit code), and waits for no other, before it ends."""
+  _LEAVE.append(leave)
+
+
+def _end(code: int, message: str) -> None:
+  for leave in _LEAVE:
+    leave(code)
+  if message:
+    print(message.rstrip(), file=sys.stderr, flush=True)
+  if _LEAVE:
+    sys.stdout.flush()
+    os._exit(code)  # an ordinary exit waits for threads, and those may wait for a process that is gone
+  sys.exit(code)
 
 
 def _refuse(sentence: str) -> None:

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from launch import program
+from launch import hosts, program
 
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; not empty = continue')
@@ -18,9 +18,10 @@ def main() -> int:
     print(dry_run.describe(config))
     return 0
   workdir, profile_steps = program.workdir_of(_WORKDIR.value), program.step_range(_PROFILE.value)
+  group = hosts.join(config, workdir)
   from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
 
-  return loop.run(config, workdir, profile_steps)
+  return loop.run(config, workdir, profile_steps, group.agree if group else loop.alone)
 
 
 if __name__ == '__main__':

@@ -1,33 +1,29 @@
 """batch(step) as a pure function of (rows, seed, step): there is no iterator state to lose.
 
-Every process sees the same global order and builds only its own contiguous slice of each batch, so the
-stream does not depend on the number of hosts.
+Every process sees the same global order and builds only its own rows of each batch, so the stream does not
+depend on the number of hosts.
 """
+
+from collections.abc import Sequence
 
 import grain
 
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
 from latent_loop.data.packing import stack
-from latent_loop.errors import BadInput
 
 
 class Batches:
   """Random access to the batches of one split, reshuffled each epoch."""
 
-  def __init__(self, rows: Rows, seed: int, batch_size: int, process: int = 0, num_processes: int = 1):
-    if batch_size % num_processes:
-      raise BadInput(
-        f'config.train.batch_size={batch_size} does not divide over {num_processes} processes; use a multiple'
-      )
+  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
+    """mine: which rows of each global batch to build; None = all."""
     self._rows = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    self._global, self._local = batch_size, batch_size // num_processes
-    self._offset = process * self._local
+    self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    first = step * self._global + self._offset
-    return stack([self._rows[first + i] for i in range(self._local)])
+    return stack([self._rows[step * self._global + i] for i in self._mine])
 
   def order_hash(self) -> str:
     """Changes when another library version would shuffle differently; equal on every process."""

@@ -1,0 +1,449 @@
+"""Runs of many processes: where each sits, what the launchers would do, and real pairs of processes."""
+
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from latent_loop import loop, trained
+from latent_loop.checkpoint import Checkpoints
+from latent_loop.errors import BadInput
+from latent_loop.model import build
+from latent_loop.optim import make_optimizer
+from latent_loop.sealing import from_json, to_json
+from latent_loop.step import make_sharded_state
+from launch import hosts
+from tests.tiny import leaves_by_path, mesh_of, random_batch, tiny_config, worst_relative
+
+ROOT = Path(__file__).parent.parent
+ENV = {
+  **os.environ,
+  'VENV': 'none',
+  'PYTHON': sys.executable,
+  'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('--xla_force_host_platform_device_count=8', ''),
+}
+
+
+def bash(*args: str, **more) -> subprocess.CompletedProcess:
+  return subprocess.run(['bash', *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240, **more)
+
+
+# --- launchers as text ---------------------------------------------------------------------------------
+
+
+def test_local_hosts_dry_run_appends_to_the_xla_flags_of_the_environment():
+  result = bash('launch/local_hosts.sh', '--dry_run', '2', '4', '--config=a.py', '--workdir=w')
+  assert result.returncode == 0, result.stderr
+  start = (
+    f"JAX_PLATFORMS=cpu XLA_FLAGS='{ENV['XLA_FLAGS']} --xla_force_host_platform_device_count=4' python -m launch.train "
+  )
+  assert result.stdout.splitlines() == [
+    f'{start}--coordinator=127.0.0.1:PORT --num_processes=2 --process_id={i} --config=a.py --workdir=w &'
+    for i in (0, 1)
+  ]
+
+
+def test_tpu_vm_dry_run():
+  train = ['--', '--config=experiments/huginn_3p5b.py', '--workdir=/mnt/runs/x']
+  create = ['--type=v5p-128', '--runtime=v2-alpha-tpuv5', '--spot']
+  result = bash('launch/tpu_vm.sh', '--dry_run', '--name=pod', '--zone=us-east5-a', *create, *train)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  ssh = 'gcloud compute tpus tpu-vm ssh pod --zone=us-east5-a'
+  assert lines[:5] == [
+    'gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-east5-a --accelerator-type=v5p-128 '
+    '--runtime-version=v2-alpha-tpuv5 --spot',
+    'gcloud compute tpus queued-resources describe pod --zone=us-east5-a --format=value\\(state.state\\)',
+    'git ls-files -z -co --exclude-standard | tar czf code.tar.gz --null -T -',
+    f'{ssh} --worker=0 --command=true',
+    'gcloud compute tpus tpu-vm scp code.tar.gz pod: --zone=us-east5-a --worker=all',
+  ]
+  assert lines[5].startswith(f'{ssh} --worker=all ') and 'ensure_environment launch/requirements/tpu.txt' in lines[5]
+  unquoted = [line.replace('\\', '') for line in lines[6:]]
+  assert unquoted == [
+    f'{ssh} --worker=all --command=cd latent_loop; nohup .venv/bin/python -u -m launch.train --cluster=tpu '
+    '--config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x >train.log 2>&1 </dev/null & sleep 1',
+    f'{ssh} --worker=0 --command=tail -n +1 -F latent_loop/train.log',
+  ]
+
+
+def test_tpu_vm_starts_every_slice():
+  result = bash(
+    'launch/tpu_vm.sh', '--dry_run', '--name=pod', '--zone=z', '--slices=2', '--nfs=10.0.0.2:/r', '--', '--x'
+  )
+  assert result.stdout.count('launch.train') == 2 and ' pod-0 ' in result.stdout and ' pod-1 ' in result.stdout
+  assert result.stdout.count('mount -t nfs 10.0.0.2:/r /mnt/runs') == 2 and 'create' not in result.stdout
+
+
+def test_slurm_dry_run():
+  result = bash('launch/slurm.sh', '--dry_run', '--config=experiments/huginn_1b.py', '--workdir=runs/x')
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.splitlines() == [
+    "bash -c 'source launch/env.sh; ensure_environment launch/requirements/cuda.txt'",
+    'srun --label --wait=60 python -u -m launch.train --cluster=slurm --config=experiments/huginn_1b.py '
+    '--workdir=runs/x',
+    'scontrol requeue $SLURM_JOB_ID  # after exit code 10 or 14',
+  ]
+
+
+def test_gke_dry_run():
+  options = ['--name=pod', '--image=i:1', '--accelerator=tpu-v5p-slice', '--topology=4x4x4', '--hosts=16', '--chips=4']
+  train = ['--', '--config=experiments/huginn_3p5b.py', "--config.name=it's"]
+  result = bash('launch/gke/jobset.sh', '--dry_run', *options, '--claim=runs', '--slices=2', *train)
+  assert result.returncode == 0, result.stderr
+  manifest = result.stdout
+  assert '@' not in manifest, 'a place was left unfilled'
+  for line in (
+    'name: pod',
+    'replicas: 2',
+    'parallelism: 16',
+    'completions: 16',
+    'gke-tpu-accelerator: tpu-v5p-slice',
+    'gke-tpu-topology: 4x4x4',
+    'image: i:1',
+    "launch.train, --cluster=tpu, '--config=experiments/huginn_3p5b.py', '--config.name=it''s']",
+    'google.com/tpu: 4',
+    'claimName: runs',
+  ):
+    assert line in manifest, line
+  assert manifest.splitlines()[-1] == 'kubectl apply -f - # with the manifest above'
+
+
+@pytest.mark.parametrize(
+  'args,words',
+  [
+    (['launch/local_hosts.sh', '2', '--config=a.py'], 'write: bash launch/local_hosts.sh 2 4'),
+    (['launch/tpu_vm.sh', '--dry_run', '--name=pod', '--', '--x'], '--name, --zone'),
+    (['launch/tpu_vm.sh', '--config=a.py'], 'behind --'),
+    (['launch/slurm.sh', '--config=a.py'], 'write: sbatch'),
+    (['launch/gke/jobset.sh', '--name=pod', '--', '--x'], '--image and'),
+  ],
+)
+def test_a_launcher_refuses_in_words(args, words):
+  result = bash(*args)
+  assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# --- where a process sits ------------------------------------------------------------------------------
+
+
+def seat(environment: dict, *args: str):
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(['train', *args])
+  try:
+    there = hosts.seat_of(environment)
+    return there and (there.coordinator, there.num_processes, there.process_id)
+  finally:
+    flags.FLAGS.unparse_flags()
+    for name in ('cluster', 'coordinator', 'num_processes', 'process_id'):
+      flags.FLAGS[name].unparse()
+
+
+SLURM = {'SLURM_JOB_ID': '4097', 'SLURM_NTASKS': '3', 'SLURM_STEP_NUM_NODES': '3', 'SLURM_PROCID': '2'}
+
+
+@pytest.mark.parametrize(
+  'nodes,first',
+  [('node7', 'node7'), ('a,b', 'a'), ('node[007-009,012]', 'node007'), ('n[3,5],m1', 'n3'), ('n[1-2]-ib,m', 'n1-ib')],
+)
+def test_slurm_names_the_first_node(nodes, first):
+  assert seat({**SLURM, 'SLURM_STEP_NODELIST': nodes}, '--cluster=slurm') == (f'{first}:61441', 3, 2)
+
+
+def test_gke_names_worker_and_slice():
+  environment = {'TPU_WORKER_HOSTNAMES': 'a-0,a-1', 'TPU_WORKER_ID': '1'}
+  assert seat(environment, '--cluster=tpu') == ('a-0:8482', 2, 1)
+  slices = {'MEGASCALE_COORDINATOR_ADDRESS': 'z:8080', 'MEGASCALE_NUM_SLICES': '2', 'MEGASCALE_SLICE_ID': '1'}
+  assert seat({**environment, **slices}, '--cluster=tpu') == ('z:8482', 4, 3)
+
+
+def test_a_tpu_vm_asks_its_metadata_server():
+  pages = {
+    'worker-network-endpoints': 'unknown:unknown:10.0.0.5,unknown:unknown:10.0.0.6',
+    'agent-worker-number': '1',
+    'tpu-env': "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+    "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1'\n",
+  }
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers['Metadata-Flavor'] == 'Google'
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(pages[self.path.rpartition('/')[2]].encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {'GCE_METADATA_IP': f'127.0.0.1:{server.server_port}'}
+    assert seat(environment, '--cluster=tpu') == ('10.0.0.1:8482', 4, 3)
+    server.shutdown()
+
+
+def test_flags_name_a_seat_and_a_laptop_needs_none():
+  assert seat({}, '--coordinator=h:1', '--num_processes=2', '--process_id=1') == ('h:1', 2, 1)
+  assert seat({}) is None
+
+
+@pytest.mark.parametrize(
+  'environment,args,words',
+  [
+    ({}, ['--coordinator=h:1', '--num_processes=2'], 'give --process_id'),
+    ({}, ['--coordinator=h', '--num_processes=2', '--process_id=0'], 'not HOST:PORT'),
+    ({}, ['--coordinator=h:1', '--num_processes=2', '--process_id=2'], 'ids count from 0 to 1'),
+    ({}, ['--coordinator=h:1', '--num_processes=2', '--process_id=1', '--cluster=tpu'], 'drop --cluster'),
+    ({}, ['--cluster=slurm'], 'srun did not start this'),
+    ({**SLURM, 'SLURM_STEP_NODELIST': 'a', 'SLURM_STEP_NUM_NODES': '1'}, ['--cluster=slurm'], '--ntasks-per-node=1'),
+    ({'GCE_METADATA_IP': '127.0.0.1:9'}, ['--cluster=tpu'], 'this is no TPU VM'),
+    ({**SLURM, 'SLURM_STEP_NODELIST': 'a'}, [], '--cluster=slurm is missing'),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, [], '--cluster=tpu is missing'),
+  ],
+)
+def test_a_seat_that_makes_no_sense_is_a_sentence(environment, args, words):
+  with pytest.raises(BadInput, match=words):
+    seat(environment, *args)
+
+
+# --- real processes ------------------------------------------------------------------------------------
+
+
+def small_run(folder: Path, **overrides) -> Path:
+  """An experiment file of a run that is small in everything, float32, AdamW without clipping."""
+  config = tiny_config(
+    **{
+      'name': 'small_run',
+      'model.vocab_size': 264,
+      'depth.mean': 2,
+      'depth.backprop_depth': 1,
+      'data.source': 'addition',
+      'data.seq_len': 40,
+      'data.max_difficulty': 3,
+      'optim.clip_norm': None,
+      'train.num_steps': 5,
+      'train.loss_chunk': 20,
+      'checkpoint.every_steps': 1,
+      'checkpoint.keep_last': 9,
+      'eval.num_batches': 1,
+      'eval.sample_tokens': 1,
+      'log.every_steps': 1,
+      **overrides,
+    }
+  )
+  path = folder / 'small_run.py'
+  path.write_text(
+    'from latent_loop.sealing import from_json, view\n'
+    f'def get_config():\n  return view(from_json({to_json(config)!r}, ""))\n'
+  )
+  return path
+
+
+def metrics(workdir: Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def first_gradients(workdir: Path) -> dict[str, np.ndarray]:
+  """AdamW's first moment after step 1 is (1 - b1) times the gradient: every array of it, by path."""
+  config = from_json((workdir / 'config.json').read_text(), '')
+  init, specs = make_sharded_state(
+    config, build(config.model, config.depth), make_optimizer(config.optim, config.train.num_steps), mesh_of()
+  )
+  with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+    state = checkpoints.restore(1, jax.eval_shape(init), specs, fingerprint=None)
+  moments = {path: x for path, x in leaves_by_path(state.opt_state).items() if '/mu/' in f'/{path}'}
+  assert moments
+  return moments
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+  """2 processes x 4 devices against 1 x 8, float32: losses, every gradient, and each file written once."""
+  experiment, mesh = small_run(tmp_path), ['--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+  result = bash('launch/local_hosts.sh', '2', '4', f'--config={experiment}', f'--workdir={tmp_path}/two', *mesh)
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert '[0] preflight: 2 of 2 processes, alike; 8 devices of 2 x 4 (cpu)' in result.stdout
+  assert result.stdout.count('step 5/5') == 1 and result.stdout.count('wrote ') == 1
+  config = from_json((tmp_path / 'two/config.json').read_text(), '')
+  assert loop.run(config, tmp_path / 'one') == loop.DONE
+  assert {p.name for p in (tmp_path / 'two').iterdir()} == {p.name for p in (tmp_path / 'one').iterdir()}
+  one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
+  assert [r['step'] for r in two] == [1, 2, 3, 4, 5]
+  np.testing.assert_allclose(two[0]['loss'], one[0]['loss'], rtol=1e-6)
+  np.testing.assert_allclose([r['loss'] for r in two], [r['loss'] for r in one], rtol=1e-5)
+  error, worst = worst_relative(first_gradients(tmp_path / 'two'), first_gradients(tmp_path / 'one'))
+  assert error < 1e-5, (error, worst)
+
+
+class Pair:
+  """A launcher of two processes under way; the context ends what is left of them."""
+
+  def __init__(self, folder: Path, *args: str):
+    command = ['bash', 'launch/local_hosts.sh', '2', '1', f'--config={small_run(folder)}', f'--workdir={folder}/run']
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    self.launcher = subprocess.Popen([*command, *args], cwd=ROOT, env=ENV, **options)
+    self._seen = ''
+
+  def __enter__(self) -> 'Pair':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self.launcher.poll() is None:
+      self.signal(0, signal.SIGKILL)
+      self.launcher.communicate(timeout=60)
+
+  def wait_for(self, words: str) -> None:
+    for line in self.launcher.stdout:
+      self._seen += line
+      if words in line:
+        return
+    pytest.fail(f'{words!r} did not come: {self._seen}')
+
+  def signal(self, process: int, number: int) -> None:
+    os.kill(int(re.search(rf'^process {process} has pid (\d+)$', self._seen, re.MULTILINE).group(1)), number)
+
+  def rest(self) -> str:
+    return self.launcher.communicate(timeout=60)[0]
+
+
+LONG = ('--config.train.num_steps=100000', '--config.checkpoint.every_steps=100000')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_killing_one_of_two_ends_the_other_with_14_in_seconds(tmp_path, victim):
+  with Pair(tmp_path, *LONG) as pair:
+    pair.wait_for('step 3/')
+    pair.signal(victim, signal.SIGKILL)
+    start = time.monotonic()
+    rest = pair.rest()
+  assert time.monotonic() - start < 10, 'the time that launch/README.md states'
+  assert pair.launcher.returncode == 14, rest
+  assert f'process {1 - victim} ended with exit code 14' in rest
+  assert f'process {victim} of 2 was lost' in rest and 'Traceback' not in rest
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path):
+  with Pair(tmp_path, *LONG) as pair:
+    pair.wait_for('step 3/')
+    pair.signal(1, signal.SIGTERM)
+    rest = pair.rest()
+  assert pair.launcher.returncode == 10, rest
+  assert rest.count('ended with exit code 10') == 2 and rest.count('start the same command again') == 1
+  saved = int(next((tmp_path / 'run' / 'checkpoints').iterdir()).name)
+  assert f'stopped at step {saved}, saved' in rest and metrics(tmp_path / 'run')[-1]['step'] == saved
+
+
+def train(process: int, port: int, *args: str) -> subprocess.Popen:
+  place = [f'--coordinator=127.0.0.1:{port}', f'--process_id={process}', '--workdir=never_made', '--wait_secs=6']
+  command = [sys.executable, '-m', 'launch.train', '--config=experiments/tiny_task.py', *place, *args]
+  return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+  from latent_loop.parallel.processes import _free_port
+
+  return _free_port()
+
+
+@pytest.mark.slow
+def test_what_cannot_work_ends_with_2_and_one_sentence_everywhere():
+  """One process fewer than expected; configs that differ; no process 0. All at once, for the time."""
+  a, b, c = free_port(), free_port(), free_port()
+  fewer = [train(i, a, '--num_processes=3') for i in (0, 2)]
+  differ = [train(i, b, '--num_processes=2', f'--config.seed={i}') for i in (0, 1)]
+  alone = [train(1, c, '--num_processes=2')]
+  for group, words in (
+    (fewer, f'2 of 3 processes arrived at 127.0.0.1:{a} within 6 s; missing: process 1;'),
+    (differ, 'the processes are not alike: config.seed is 0 on process 0 and 1 on process 1;'),
+    (alone, f'--coordinator=127.0.0.1:{c}: process 0 was not reached within 6 s'),
+  ):
+    for process in group:
+      _, error = process.communicate(timeout=60)
+      assert process.returncode == 2 and words in error, error
+      assert error.startswith('error: ') and len(error.splitlines()) == 1
+  assert not (ROOT / 'never_made').exists()
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_in_order():
+  mesh, batch = mesh_of(data=2, fsdp=2, tensor=2), random_batch()
+  assert trained.rows_here(8, mesh) == list(range(8))
+  placed = trained.place(batch, mesh)
+  assert np.array_equal(np.asarray(placed.tokens_BT), batch.tokens_BT)
+
+
+INTERLEAVED = """
+import sys, jax, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from latent_loop import trained
+from latent_loop.batch import Batch
+from latent_loop.parallel import processes
+me, port = int(sys.argv[1]), sys.argv[2]
+group = processes.join(processes.Seat(f'127.0.0.1:{port}', 2, me), {}, 60)
+processes.check_devices()
+whole = np.arange(24).reshape(8, 3)
+for order, shape, count in (((0, 2, 1, 3), (2, 2, 1), 4), ((0, 2, 1, 3), (2, 1, 2), 8), ((3, 2, 0, 1), (4, 1, 1), 4)):
+  devices = np.asarray(jax.devices())[list(order)].reshape(shape)
+  mesh = Mesh(devices, ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
+  mine = trained.rows_here(8, mesh)
+  assert len(mine) == count, (mine, order, shape)
+  placed = trained.place(Batch(*[whole[mine]] * 5), mesh).tokens_BT
+  everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(placed)
+  assert np.array_equal(np.asarray(everywhere), whole), (order, shape)
+group.leave(0)
+print('rows in order')
+"""
+
+
+@pytest.mark.slow
+def test_rows_are_in_order_when_the_mesh_interleaves_processes():
+  env = {**ENV, 'XLA_FLAGS': f'{ENV["XLA_FLAGS"]} --xla_force_host_platform_device_count=2'}
+  command, port = [sys.executable, '-c', INTERLEAVED], str(free_port())
+  pair = [subprocess.Popen([*command, str(i), port], cwd=ROOT, env=env, stdout=subprocess.PIPE) for i in (0, 1)]
+  for process in pair:
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and b'rows in order' in out
+
+
+ENDING = """
+import os, signal, sys, time
+from latent_loop.parallel import processes
+me, port, ends, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+group = processes.join(processes.Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
+group.agree(0, False)
+if me == ends and how == 137:
+  os.kill(os.getpid(), signal.SIGKILL)
+if me == ends:
+  group.leave(how)
+  os._exit(how)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ends,how,others', [(0, 2, 2), (2, 1, 14), (0, 137, 14), (2, 137, 14)])
+def test_the_end_of_one_of_three_reaches_the_two_others(ends, how, others):
+  """Also those that hold no connection to it, and from a main thread that would never come back."""
+  command, port = [sys.executable, '-c', ENDING], str(free_port())
+  options = {'cwd': ROOT, 'env': ENV, 'stderr': subprocess.PIPE, 'text': True}
+  three = [subprocess.Popen([*command, str(i), port, str(ends), str(how)], **options) for i in range(3)]
+  what = 'was lost (killed, or its machine is gone)' if how == 137 else f'ended with exit code {how}'
+  for i, process in enumerate(three):
+    _, error = process.communicate(timeout=40)
+    assert process.returncode == (others if i != ends else -9 if how == 137 else how), error
+    assert i == ends or f'error: process {ends} of 3 {what}, so process {i} ends too' in error
