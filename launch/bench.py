@@ -35,6 +35,7 @@ def main(verb: str) -> int:
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
   twin = make_twin(threads)
   from latent_loop import benchmark  # only now: a wrong flag is refused before JAX starts
 
