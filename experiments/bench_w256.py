@@ -1,6 +1,6 @@
 """The model that speed is compared on: large enough for matrix products, small enough for one CPU thread.
 
-Expected on one thread of a CPU: at least 1.25 times the PyTorch twin at (n, k) = (0, 4), 1.35 times at (8, 4) and
+Asked on one thread of a CPU (not reached yet): at least 1.25 times the PyTorch twin at (n, k) = (0, 4), 1.35 times at (8, 4) and
 (28, 4); see experiments/LOG.md.
 """
 
