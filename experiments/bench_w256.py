@@ -1,7 +1,7 @@
 """The model that speed is compared on: large enough for matrix products, small enough for one CPU thread.
 
-Asked on one thread of a CPU (not reached yet): at least 1.25 times the PyTorch twin at (n, k) = (0, 4), 1.35 times at (8, 4) and
-(28, 4); see experiments/LOG.md.
+Asked on one CPU thread, and not reached yet: at least 1.25 times the PyTorch twin at (n, k) = (0, 4), 1.35 times at
+(8, 4) and (28, 4); see experiments/LOG.md.
 """
 
 from latent_loop.config import Config
