@@ -19,12 +19,13 @@ def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_
   """`k` applications with gradient out of `max_k` compiled ones (k may be traced, max_k is static).
 
   An iteration past k passes the state through. With `remat` only the state between iterations is kept
-  for the backward pass, and each iteration is computed again there.
+  for the backward pass, and each iteration is computed again there. Without, iterations stand one after another
+  in the program: a scan would copy everything that the backward pass reads into stacked arrays.
   """
-
-  def body(s, i):
-    return jax.lax.cond(i < k, core, lambda s: s, s), None
-
-  if remat:
-    body = jax.checkpoint(body, prevent_cse=False)
+  step = lambda s, i: jax.lax.cond(i < k, core, lambda s: s, s)
+  if not remat:
+    for i in range(max_k):
+      s_BTD = step(s_BTD, i)
+    return s_BTD
+  body = jax.checkpoint(lambda s, i: (step(s, i), None), prevent_cse=False)
   return jax.lax.scan(body, s_BTD, jnp.arange(max_k))[0]

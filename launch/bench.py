@@ -1,0 +1,85 @@
+"""Times training or decoding: python -m launch.bench train --config=experiments/bench_w256.py --depths=0,4 --depths=8,4
+
+python -m launch.bench decode --config=experiments/bench_w256.py --depths=4 --prompt_tokens=32 --new_tokens=64
+
+One JSON line per depth. With --twin and --twin_python, the PyTorch twin runs ahead of every round, in the same run.
+One thread for both: --threads=1, or NPROC=1 in the environment, or `taskset -c 1` ahead of the command, which also
+keeps both on one core. XLA_FLAGS=--xla_cpu_multi_thread_eigen=false no longer binds JAX by itself; here it is taken as
+--threads=1.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from launch import program, xla_flags
+
+_CONFIG = program.define_config()
+_DEPTHS = flags.DEFINE_multi_string('depths', None, 'train: n,k (without and with gradient); decode: depth; repeat')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'times that each depth is measured, alternating with the twin')
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'timed calls in each round')
+_THREADS = flags.DEFINE_integer('threads', None, 'CPU threads of both programs; default: the cores they may use')
+_PROMPT_TOKENS = flags.DEFINE_integer('prompt_tokens', 32, 'decode: length of each prompt')
+_NEW_TOKENS = flags.DEFINE_integer('new_tokens', 64, 'decode: tokens to add to each row')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'decode: rows')
+_TWIN = flags.DEFINE_string('twin', None, 'path of torch_twin.py, to be timed in the same run')
+_TWIN_PYTHON = flags.DEFINE_string('twin_python', None, 'the Python, with torch, that runs the twin')
+
+_DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
+
+
+def main(verb: str) -> int:
+  config = program.sealed(_CONFIG)
+  depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
+  threads = xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
+  twin = make_twin(threads)
+  from latent_loop import benchmark  # only now: a wrong flag is refused before JAX starts
+
+  effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value, twin)
+  if verb == 'train':
+    lines = benchmark.train(config, depths, effort)
+  else:
+    request = benchmark.Request(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
+    lines = benchmark.decode(config, depths, request, effort)
+  for line in lines:
+    print(json.dumps({name: rounded(value) for name, value in line.items()}), flush=True)
+  return 0
+
+
+def depths_of(verb: str, given: list[str]) -> list:
+  """--depths as pairs (n, k) to train and numbers to decode; raises BadInput."""
+  from latent_loop.errors import BadInput
+
+  rule = 'n,k such as 8,4, with n from 0 and k from 1' if verb == 'train' else 'a depth from 1, such as 8'
+  depths = []
+  for text in given:
+    numbers = [int(part) if part.isdecimal() else -1 for part in text.split(',')]
+    if len(numbers) != (2 if verb == 'train' else 1) or min(numbers) < 0 or numbers[-1] < 1:
+      raise BadInput(f'--depths={text}: not a depth to {verb}; the rule is {rule}')
+    depths.append(tuple(numbers) if verb == 'train' else numbers[0])
+  return depths
+
+
+def make_twin(threads: int):
+  """The Twin of --twin, None without; raises BadInput."""
+  from latent_loop.errors import BadInput
+  from latent_loop.twin import Twin
+
+  if _TWIN.value is None:
+    if _TWIN_PYTHON.value is not None:
+      raise BadInput(f'--twin_python={_TWIN_PYTHON.value} without --twin; give the path of torch_twin.py too')
+    return None
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU's memory is shared with the twin
+  return Twin(Path(_TWIN.value), Path(_TWIN_PYTHON.value or sys.executable), threads, _REPEATS.value)
+
+
+def rounded(value):
+  return float(f'{value:.6g}') if isinstance(value, float) else value
+
+
+if __name__ == '__main__':
+  program.run(main, verbs=('train', 'decode'))

@@ -1,0 +1,135 @@
+"""The benchmark: keys of its lines, what its twin is asked for, flags that are refused."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from latent_loop import benchmark
+from latent_loop.errors import BadInput
+from latent_loop.model import build, cost
+from latent_loop.twin import Twin
+from launch import bench, xla_flags
+from tests.tiny import B, T, tiny_config
+
+SPEED = {'tokens_per_second', 'seconds_median', 'spread', 'flops_per_second', 'fraction_of_matmul', 'memory_bytes'}
+SPEED |= {'compile_seconds', 'compile_count'}
+TINY = {'model.num_prelude_layers': 0, 'model.num_coda_layers': 0, 'model.remat': 'none'}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+  """No search for the best matrix product."""
+  monkeypatch.setattr(benchmark, 'best_matmul', lambda dtype: 1e12)
+
+
+@pytest.fixture
+def twin(tmp_path):
+  """A twin that repeats what it is asked for, at 2 tokens a second."""
+  path = tmp_path / 'twin.py'
+  path.write_text('import json, sys\nprint(json.dumps({"tokens_per_second": 2.0, "asked": sys.argv[1:]}))\n')
+  return Twin(path, tmp_path.__class__(sys.executable), threads=1, repeats=2)
+
+
+@pytest.mark.slow
+def test_training_lines_have_the_keys_of_the_contract_and_the_depths_asked_for(machine, twin):
+  config = tiny_config(**TINY)
+  lines = list(benchmark.train(config, [(0, 2), (3, 2)], benchmark.Effort(1, 2, twin)))
+  assert [line['mode'] for line in lines] == ['machine', 'train', 'train', 'train', 'train', 'fit']
+  ours = [line for line in lines if 'spread' in line]
+  assert [(line['n'], line['k']) for line in ours] == [(0, 2), (3, 2)]
+  for line in ours:
+    assert line.keys() >= SPEED
+    assert line['tokens_per_second'] == B * T / line['seconds_median']
+    assert line['ratio'] == line['tokens_per_second'] / 2
+    model = build(config.model, config.depth)
+    assert line['flops_per_second'] * line['seconds_median'] == pytest.approx(
+      B * T * cost.count(model, T).train(line['n'], 2)
+    )
+    assert line['compile_count'] == 1
+  assert all(math.isfinite(lines[-1][key]) for key in ('a_seconds', 'b_seconds', 'core_seconds', 'b_over_core'))
+  json.dumps(lines)
+
+
+@pytest.mark.slow
+def test_decoding_lines_have_the_keys_of_the_contract_and_one_program_serves_every_depth(machine):
+  lines = list(benchmark.decode(tiny_config(**TINY), [1, 3], benchmark.Request(4, 2, 3), benchmark.Effort(1, 2)))
+  assert [(line['mode'], line.get('depth')) for line in lines] == [('machine', None), ('decode', 1), ('decode', 3)]
+  for line, compiles in zip(lines[1:], (1, 0), strict=True):
+    assert line.keys() >= SPEED and line['cache'] == 'none'
+    assert line['tokens_per_second'] == 3 * 2 / line['seconds_median'] and line['compile_count'] == compiles
+  json.dumps(lines)
+
+
+def test_the_twin_is_asked_for_the_sizes_of_the_config(twin):
+  config = tiny_config(**{'model.num_core_layers': 3})
+  asked = twin.measure(config, 'train', {'n': 8, 'k': 4}, on_gpu=True, extra=('--batch', '5'))['asked']
+  model = config.model
+  given = dict(zip(asked[1::2], asked[2::2], strict=False))
+  assert asked[0] == 'train' and given['--depths'] == '8,4' and asked[-1] == '--compile'
+  assert asked[asked.index('--layers') :][:4] == ['--layers', '1', '3', '1']
+  text = ' '.join(asked)
+  for part in (f'--width {model.width}', f'--heads {model.num_heads}', f'--mlp {model.mlp_dim}', '--batch 5',
+               f'--vocab {model.vocab_size}', '--threads 1', '--dtype f32', '--device cuda'):  # fmt: skip
+    assert part in text, part
+
+
+def test_a_twin_that_fails_or_computes_something_else_is_bad_input(twin):
+  measure = lambda twin, config: twin.measure(config, 'train', {'n': 0, 'k': 1}, on_gpu=False, extra=())
+  with pytest.raises(BadInput, match='config.model.injection'):
+    measure(twin, tiny_config(**{'model.injection': 'add'}))
+  twin.path.write_text('raise SystemExit("no torch here")')
+  with pytest.raises(BadInput, match='no torch here'):
+    measure(twin, tiny_config())
+  twin.path.write_text('print("hello")')
+  with pytest.raises(BadInput, match='hello'):
+    measure(twin, tiny_config())
+  with pytest.raises(BadInput, match='--twin=.*nowhere'):
+    dataclasses.replace(twin, path=twin.path.with_name('nowhere'))
+
+
+@pytest.mark.parametrize(
+  'verb, text', [('train', '4'), ('train', '4,0'), ('train', '-1,4'), ('train', '1,2,3'), ('decode', '8,4'),
+                 ('decode', '0'), ('decode', 'x'), ('decode', '')]
+)  # fmt: skip
+def test_depths_that_the_verb_cannot_run_are_bad_input(verb, text):
+  with pytest.raises(BadInput, match=f'--depths={text}: not a depth to {verb}'):
+    bench.depths_of(verb, ['8,4' if verb == 'train' else '8', text])
+
+
+def test_depths_are_read():
+  assert bench.depths_of('train', ['0,4', '28,4']) == [(0, 4), (28, 4)]
+  assert bench.depths_of('decode', ['4', '32']) == [4, 32]
+
+
+@pytest.mark.parametrize('make', [lambda: benchmark.Effort(0, 1), lambda: benchmark.Request(4, 0, 1)])
+def test_counts_below_one_are_bad_input(make):
+  with pytest.raises(BadInput, match='=0 is below 1'):
+    make()
+
+
+def test_whoever_sets_one_thread_gets_one_thread(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)))
+  for nproc, flags, asked, want in [
+    ('', '', None, 8),
+    ('', '', 2, 2),
+    ('3', '', None, 3),
+    ('', f'--a {xla_flags.ONE_THREAD} --b', None, 1),
+    ('', '', 99, 8),
+  ]:
+    monkeypatch.setenv('NPROC', nproc)
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    assert xla_flags.use_threads(asked) == want
+    assert os.environ['NPROC'] == str(want) and os.environ['XLA_FLAGS'] == flags
+  with pytest.raises(BadInput, match='--threads=0'):
+    xla_flags.use_threads(0)
+
+
+def test_random_rows_are_whole_documents():
+  batch = benchmark.random_batch(tiny_config())
+  assert batch.tokens_BT.shape == (B, T) and np.all(batch.segment_ids_BT == 1) and np.all(batch.weights_BT == 1)
+  np.testing.assert_array_equal(batch.targets_BT[:, :-1], batch.tokens_BT[:, 1:])
