@@ -21,10 +21,12 @@ from latent_loop.batch import Batch
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.inference.generate import generate
+from latent_loop.kernels.choice import choose_attention
 from latent_loop.model import Model, Params, build, cost
-from latent_loop.model.layers import Rows, check_attention
+from latent_loop.model.layers import Rows
 from latent_loop.optim import make_optimizer
-from latent_loop.parallel import sharding
+from latent_loop.parallel import chips, sharding
+from latent_loop.parallel import mesh as meshes
 from latent_loop.step import make_sharded_state, make_train_step
 from latent_loop.twin import Twin
 
@@ -88,7 +90,7 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 def machine(config: Config) -> Line:
   """What everything runs on, and the best matrix product that one device reaches in the compute dtype."""
-  kind = jax.devices()[0].device_kind
+  kind, peak = jax.devices()[0].device_kind, chips.peak_flops(jax.devices())
   return {
     'mode': 'machine',
     'config': config.name,
@@ -96,7 +98,7 @@ def machine(config: Config) -> Line:
     'devices': jax.device_count(),
     'compute_dtype': config.model.compute_dtype,
     'matmul_flops_per_second': best_matmul(config.model.compute_dtype),
-    'nominal_flops_per_second': cost.peak_flops(kind),
+    'nominal_flops_per_second': peak / jax.device_count() if peak else None,
     'python': platform.python_version(),
     **{name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')},
   }
@@ -165,9 +167,9 @@ def _memory_of(compiled: Any) -> Line:
 
 def train(config: Config, depths: list[tuple[int, int]], effort: Effort) -> Iterator[Line]:
   """Lines of the training step at each (n, k), then how its time grows with n; raises BadInput."""
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
-  check_attention(config.model)
+  mesh = meshes.make_mesh(config.mesh)
+  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   yield (speeds := machine(config))
   medians, state = {}, None
   for n, k in depths:
@@ -217,8 +219,7 @@ def train_point(config: Config, mesh: Mesh, state: list | None) -> tuple[Point, 
   with Compiles() as compiles:
     metrics = jax.device_get(call())
   n, k = (int(metrics[name]) for name in 'nk')
-  with jax.set_mesh(mesh):
-    memory = _memory_of(step.__wrapped__.lower(state[0], batch, key).compile())  # found in the cache
+  memory = _memory_of(step.lower(state[0], batch, key).compile())  # found in the cache
   tokens = batch.tokens_BT.size
   made = {**memory, 'compile_seconds': compiles.seconds, 'compile_count': compiles.count, 'remat': config.model.remat}
   flops = tokens * cost.count(model, config.data.seq_len).train(n, k)
@@ -263,7 +264,7 @@ class Request:
 
 def decode(config: Config, depths: list[int], request: Request, effort: Effort) -> Iterator[Line]:
   """Lines of the decoder of launch.generate at each depth, from fresh parameters; raises BadInput."""
-  check_attention(config.model)
+  choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   yield (speeds := machine(config))
   model = build(config.model, config.depth)
   params = jax.jit(model.init)(jax.random.key(config.seed))

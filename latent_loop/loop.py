@@ -16,11 +16,12 @@ from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
 from latent_loop.interrupt import StopRequest
+from latent_loop.kernels.choice import choose_attention
 from latent_loop.metrics import JsonLines, make_writers
 from latent_loop.model import Model, build, cost
-from latent_loop.model.layers import choose_attention
 from latent_loop.optim import make_optimizer
-from latent_loop.parallel import chips, sharding
+from latent_loop.parallel import chips
+from latent_loop.parallel import mesh as meshes
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
 from latent_loop.workdir import open_workdir, update_config
 
@@ -47,8 +48,8 @@ class Run:
 
 def prepare(config: Config, workdir: Path) -> Run:
   """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  mesh = meshes.make_mesh(config.mesh)
+  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)

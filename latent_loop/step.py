@@ -116,9 +116,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
     n, k = depth.draw(config.depth, jax.random.fold_in(key, _DEPTH), state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
     example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
-    loss, grads = gradients(
-      state.params, batch, example_ids_B, jax.random.fold_in(key, _STATE), n, k, total_weight
-    )
+    loss, grads = gradients(state.params, batch, example_ids_B, jax.random.fold_in(key, _STATE), n, k, total_weight)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

@@ -21,6 +21,7 @@ from latent_loop.evals import depth as depth_eval
 from latent_loop.inference.generate import generate
 from latent_loop.model import Model, Params, build
 from latent_loop.optim import make_optimizer
+from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.report import depth_report
 from latent_loop.step import make_sharded_state
@@ -47,7 +48,7 @@ def load(workdir: Path) -> Trained:
   Raises BadInput when there is none or it does not fit its config. Only reads: the run may be going on.
   """
   config = read_config(workdir)
-  mesh = sharding.make_mesh(MeshConfig())
+  mesh = meshes.make_mesh(MeshConfig())
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
   with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
@@ -98,7 +99,7 @@ def make_evaluator(
   training fits here. Raises BadInput when that does not divide over the mesh.
   """
   passes = config.train.num_microbatches
-  sharding.check_batch(config.train.batch_size, passes, mesh)
+  meshes.check_batch(config.train.batch_size, passes, mesh)
   rows, size = source.rows('validation'), config.train.batch_size // passes
   batches = Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh))
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)

@@ -9,12 +9,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Rooms of the step. Calls that leave them (data, checkpoints, writers) are not part of a step.
+# Rooms of the step. Calls that leave them (data, checkpoints, writers, kernels, finding devices) are not part of it.
 ROOMS = (
   'latent_loop/step.py',
   'latent_loop/model/',
   'latent_loop/optim/',
-  'latent_loop/parallel/',
+  'latent_loop/parallel/sharding.py',
+  'latent_loop/parallel/weights.py',
   'latent_loop/batch.py',
 )
 ROOTS = (

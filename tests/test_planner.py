@@ -14,6 +14,7 @@ from latent_loop import planner
 from latent_loop.config import MeshConfig
 from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
+from latent_loop.parallel import mesh as meshes
 from latent_loop.planner import hlo, topology
 from latent_loop.planner.roofline import Roofline
 from tests.reading_path import ROOT
@@ -95,7 +96,9 @@ def test_the_step_is_planned_on_virtual_devices():
   assert numbers['mesh'] == {'dcn': 1, 'data': 2, 'fsdp': 4, 'tensor': 1} and numbers['global_batch'] == 64
   assert numbers['weight_collectives_in_depth_loops'] == 0 < numbers['weight_collectives_elsewhere']
   assert numbers['collective_bytes_per_step'] == sum(c.bytes_per_step(0) for c in made.collectives)
-  assert 'fits' in planner.describe(made, numbers) and '--config.train.num_microbatches' in planner.describe(made, numbers)
+  assert 'fits' in planner.describe(made, numbers) and '--config.train.num_microbatches' in planner.describe(
+    made, numbers
+  )
 
 
 @pytest.mark.slow
@@ -115,9 +118,7 @@ def test_a_batch_that_does_not_divide_is_a_sentence(batch, says):
 
 @pytest.mark.parametrize('axes', [{'dcn': 2}, {'dcn': 4, 'data': 2}, {'dcn': 2, 'fsdp': 2, 'tensor': 2}])
 def test_slices_are_the_outermost_axis(axes):
-  from latent_loop.parallel import sharding
-
-  mesh = sharding.make_mesh(MeshConfig(**{'data': -1, **axes}))
+  mesh = meshes.make_mesh(MeshConfig(**{'data': -1, **axes}))
   assert mesh.axis_names[0] == 'dcn' and mesh.shape['dcn'] == axes['dcn']
   ids = np.vectorize(lambda device: device.id)(mesh.devices)
   assert [sorted(part.ravel()) for part in ids] == np.arange(8).reshape(axes['dcn'], -1).tolist()

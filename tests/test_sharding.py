@@ -9,8 +9,9 @@ from latent_loop.config import MeshConfig
 from latent_loop.errors import BadInput
 from latent_loop.model import build
 from latent_loop.optim import KINDS, make_optimizer
+from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
-from latent_loop.parallel.sharding import path_of, resolve, spec_of
+from latent_loop.parallel.sharding import path_of, spec_of
 from latent_loop.step import init_state, make_sharded_state
 from tests.tiny import mesh_of, tiny_config
 
@@ -82,13 +83,13 @@ def test_an_array_that_two_rules_match_is_refused_by_name(monkeypatch):
   [((-1, 1, 1), (1, 8, 1, 1)), ((2, -1, 2), (1, 2, 2, 2)), ((1, 2, 4), (1, 1, 2, 4)), ((1, 2, 1, 4), (4, 1, 2, 1))],
 )
 def test_mesh_fills_in_the_axis_that_is_left(sizes, want):
-  assert tuple(resolve(MeshConfig(*sizes), 8).values()) == want
+  assert tuple(meshes.resolve(MeshConfig(*sizes), 8).values()) == want
 
 
 @pytest.mark.parametrize('sizes', [(3, 1, 1), (4, 1, 1), (-1, 3, 1), (4, 4, 1)])
 def test_mesh_that_does_not_fit_the_devices_is_bad_input(sizes):
   with pytest.raises(BadInput, match='does not fit 8 device'):
-    resolve(MeshConfig(*sizes), 8)
+    meshes.resolve(MeshConfig(*sizes), 8)
 
 
 @pytest.mark.parametrize('sizes', [(0, 1, 1), (-1, -1, 1), (-2, 1, 1)])
@@ -99,7 +100,7 @@ def test_mesh_sizes_that_no_number_of_devices_fits_are_bad_input(sizes):
 
 @pytest.mark.parametrize('batch_size, microbatches, ok', [(8, 1, True), (8, 2, True), (6, 1, False), (12, 2, False)])
 def test_batch_must_divide_over_devices_and_microbatches(batch_size, microbatches, ok):
-  check = lambda: sharding.check_batch(batch_size, microbatches, mesh_of(2, 2, 2))
+  check = lambda: meshes.check_batch(batch_size, microbatches, mesh_of(2, 2, 2))
   if ok:
     return check()
   with pytest.raises(BadInput, match=f'batch_size={batch_size} does not divide'):

@@ -1,4 +1,4 @@
-"""Gather once: the collectives of the compiled step stand where the config says, and cost what depth does not change."""
+"""Gather once: the step's collectives stand where the config says, and cost what depth does not change."""
 
 import functools
 

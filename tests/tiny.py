@@ -11,6 +11,7 @@ from latent_loop.batch import Batch
 from latent_loop.config import Config, MeshConfig
 from latent_loop.model import Model, build
 from latent_loop.model.layers import Rows
+from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.sealing import seal, view
 from latent_loop.step import TrainState
@@ -91,7 +92,7 @@ def rows_of(batch: Batch) -> Rows:
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
   """A mesh on the first data * fsdp * tensor devices."""
-  return sharding.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+  return meshes.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
 
 
 def leaves_by_path(tree: Any) -> dict[str, np.ndarray]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from latent_loop.config import ModelConfig
-from latent_loop.errors import BadInput
+from latent_loop.kernels.choice import choose_attention
+from latent_loop.kernels.splash import splash
 from latent_loop.model import initializers
-from latent_loop.model.splash import LANES, splash
 from latent_loop.parallel.sharding import on_own_rows, target_platform
 
 
@@ -59,27 +59,6 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   cos, sin = jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def choose_attention(cfg: ModelConfig, seq_len: int, platform: str) -> str:
-  """The implementation that config.model.attention means on `platform` ('cpu', 'gpu', 'tpu').
-
-  'auto' is cuDNN's fused kernel on a GPU in bfloat16, splash on a TPU, XLA's own elsewhere. Raises BadInput when
-  the platform, the dtype or the length has not the one named.
-  """
-  fits = {
-    'xla': True,
-    'cudnn': platform == 'gpu' and cfg.compute_dtype == 'bfloat16',
-    'splash': platform == 'tpu' and seq_len % LANES == 0,
-  }
-  if cfg.attention == 'auto':
-    return next(kind for kind in ('cudnn', 'splash', 'xla') if fits[kind])
-  if not fits[cfg.attention]:
-    raise BadInput(
-      f"config.model.attention={cfg.attention!r} on {platform}, {cfg.compute_dtype}, {seq_len} tokens: 'cudnn' needs a "
-      f"GPU and bfloat16, 'splash' a TPU and rows of a multiple of {LANES} tokens; use 'auto'"
-    )
-  return cfg.attention
 
 
 def attend(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows, kind: str) -> jax.Array:

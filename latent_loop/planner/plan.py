@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -17,6 +16,7 @@ from latent_loop.config import Config
 from latent_loop.model import build, cost
 from latent_loop.model.depth_loop import LOOP_SCOPE
 from latent_loop.optim import make_optimizer
+from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.parallel.sharding import ROW_AXES
 from latent_loop.planner import hlo, topology
@@ -97,7 +97,7 @@ def _fitted(config: Config, found: topology.Topology, slices: int, global_batch:
   """The config with slices, global batch and, where it asks for none, microbatches filled in."""
   mesh = dataclasses.replace(config.mesh, dcn=slices)
   train = config.train if global_batch is None else dataclasses.replace(config.train, batch_size=global_batch)
-  sizes = sharding.resolve(mesh, found.num_devices)
+  sizes = meshes.resolve(mesh, found.num_devices)
   mesh = dataclasses.replace(mesh, data=sizes['data'], fsdp=sizes['fsdp'], tensor=sizes['tensor'])
   if train.num_microbatches == 1:
     rows = max(train.batch_size // math.prod(sizes[axis] for axis in ROW_AXES), 1)
@@ -105,17 +105,17 @@ def _fitted(config: Config, found: topology.Topology, slices: int, global_batch:
     together = max(size for size in range(1, min(rows, wanted) + 1) if rows % size == 0)
     train = dataclasses.replace(train, num_microbatches=rows // together)
   config = dataclasses.replace(config, mesh=mesh, train=train)
-  sharding.check_batch_sizes(train.batch_size, train.num_microbatches, sizes)
+  meshes.check_batch_sizes(train.batch_size, train.num_microbatches, sizes)
   return config
 
 
 def _compile(config: Config, found: topology.Topology) -> Plan:
   model = build(config.model, config.depth)
   counted = cost.count(model, config.data.seq_len)
-  sizes = sharding.resolve(config.mesh, found.num_devices)
+  sizes = meshes.resolve(config.mesh, found.num_devices)
   if not found.devices:
     return Plan(config, found, sizes, counted, None, None, 0.0, None)
-  mesh = sharding.make_mesh(config.mesh, found.devices)
+  mesh = meshes.make_mesh(config.mesh, found.devices)
   lowered = _lower(config, model, mesh)
   begin = time.perf_counter()
   try:

@@ -22,9 +22,15 @@ def describe(made: Plan, numbers: dict[str, Any]) -> str:
     ('weights', config.mesh.weights),
     *_memory(made),
     *_collectives(made, numbers),
-    ('per step', f'{numbers["step_seconds"]:.3f} s, {numbers["mfu_ceiling"]:.1%} MFU at most, averaged over the depth law'),
+    (
+      'per step',
+      f'{numbers["step_seconds"]:.3f} s, {numbers["mfu_ceiling"]:.1%} MFU at most, averaged over the depth law',
+    ),
     ('tokens/s', f'{numbers["tokens_per_second"]:,.0f}'),
-    ('whole run', f'{numbers["tokens"]:.3g} tokens: {numbers["days"]:.1f} days, {numbers["chip_hours"]:,.0f} chip-hours'),
+    (
+      'whole run',
+      f'{numbers["tokens"]:.3g} tokens: {numbers["days"]:.1f} days, {numbers["chip_hours"]:,.0f} chip-hours',
+    ),
   ]
   lines = [f'{name:<14}{value}' for name, value in rows]
   return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made, numbers)])
@@ -54,7 +60,9 @@ def _collectives(made: Plan, numbers: dict[str, Any]) -> list[tuple[str, str]]:
     ('weights, elsewhere', made.weight_collectives(False)),
     ('activations, in the depth loops', made.activation_collectives()),
   )
-  return [('collectives', f'{name}: {len(found)}, {sent(found):.2f} GB sent per device and step') for name, found in kinds]
+  return [
+    ('collectives', f'{name}: {len(found)}, {sent(found):.2f} GB sent per device and step') for name, found in kinds
+  ]
 
 
 def _by_depth(made: Plan) -> list[str]:

@@ -56,6 +56,8 @@ def _tpu_devices(name: str, slices: int) -> list:
     text = ' '.join(str(error).split())
     if 'libtpu' in text or 'not in the list of known backends' in text or 'Unable to initialize' in text:
       raise BadInput(
-        f"--topology={name}: the TPU compiler is not here ({text[:200]}); pip install -r launch/requirements/tpu.txt"
+        f'--topology={name}: the TPU compiler is not here ({text[:200]}); pip install -r launch/requirements/tpu.txt'
       ) from error
-    raise BadInput(f'--topology={name}: libtpu knows no such topology ({text[:200]}); try v5e:4x4 or v5p:4x4x4') from error
+    raise BadInput(
+      f'--topology={name}: libtpu knows no such topology ({text[:200]}); try v5e:4x4 or v5p:4x4x4'
+    ) from error

@@ -26,9 +26,7 @@ def splash(
     names = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
     sizes = kernel.BlockSizes(**dict.fromkeys(names, block))
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
-    one = kernel.make_splash_mha(
-      mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
+    one = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     if segment_ids_BT is None:
       return jax.vmap(one)(q_BNTH, k_BNTH, v_BNTH)
     ids = kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)

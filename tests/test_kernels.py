@@ -1,0 +1,50 @@
+"""Kernels for particular hardware compute what plain attention does; which one a platform gets, or a sentence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_loop.errors import BadInput
+from latent_loop.kernels.choice import choose_attention
+from latent_loop.kernels.splash import splash
+from latent_loop.model.layers import Rows, attend
+from tests.tiny import tiny_config
+
+
+@pytest.mark.slow
+def test_splash_is_plain_attention_with_documents_and_in_reverse():
+  """The kernel's own steps, interpreted; heads of 24, which fill no lane."""
+  B, T, N, H = 2, 256, 2, 24
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, weight = (jax.random.normal(key, (B, T, N, H)) for key in keys)
+  ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((B, T)) < 0.02, axis=1) + 1)
+  rows = Rows(jnp.zeros((B, T), jnp.int32), ids)
+
+  def value_and_grads(attention):
+    return jax.value_and_grad(lambda q, k, v: jnp.sum(attention(q, k, v) * weight), (0, 1, 2))(q, k, v)
+
+  got = value_and_grads(lambda q, k, v: splash(q, k, v, ids, interpret=True))
+  want = value_and_grads(lambda q, k, v: attend(q, k, v, rows, 'xla'))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'dtype, length, platform, want',
+  [
+    ('float32', 256, 'cpu', 'xla'),
+    ('bfloat16', 256, 'gpu', 'cudnn'),
+    ('float32', 256, 'gpu', 'xla'),
+    ('bfloat16', 256, 'tpu', 'splash'),
+    ('bfloat16', 250, 'tpu', 'xla'),
+  ],
+)
+def test_auto_is_what_the_platform_has(dtype, length, platform, want):
+  assert choose_attention(tiny_config(**{'model.compute_dtype': dtype}).model, length, platform) == want
+
+
+@pytest.mark.parametrize('kind, platform', [('cudnn', 'cpu'), ('splash', 'gpu'), ('cudnn', 'tpu')])
+def test_attention_that_is_not_there_is_a_sentence(kind, platform):
+  with pytest.raises(BadInput, match=f"config.model.attention='{kind}' on {platform}"):
+    choose_attention(tiny_config(**{'model.attention': kind}).model, 256, platform)
