@@ -398,8 +398,8 @@ group = processes.join(processes.Seat(f'127.0.0.1:{port}', 2, me), {}, 60)
 processes.check_devices()
 whole = np.arange(24).reshape(8, 3)
 for order, shape, count in (((0, 2, 1, 3), (2, 2, 1), 4), ((0, 2, 1, 3), (2, 1, 2), 8), ((3, 2, 0, 1), (4, 1, 1), 4)):
-  devices = np.asarray(jax.devices())[list(order)].reshape(shape)
-  mesh = Mesh(devices, ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
+  devices = np.asarray(jax.devices())[list(order)].reshape(1, *shape)
+  mesh = Mesh(devices, ('dcn', 'data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 4)
   mine = trained.rows_here(8, mesh)
   assert len(mine) == count, (mine, order, shape)
   placed = trained.place(Batch(*[whole[mine]] * 5), mesh).tokens_BT

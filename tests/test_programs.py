@@ -108,7 +108,10 @@ def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
 def test_a_batch_that_does_not_divide_over_the_mesh(tmp_path):
   result = launch('train', TEXT, f'--workdir={tmp_path}/x', '--config.train.batch_size=12', devices=8)
   assert result.returncode == 2
-  assert 'config.train.batch_size=12 does not divide over data x fsdp x num_microbatches = 8 x 1 x 1' in result.stderr
+  assert (
+    'config.train.batch_size=12 does not divide over dcn x data x fsdp x num_microbatches = 1 x 8 x 1 x 1'
+    in result.stderr
+  )
   assert not (tmp_path / 'x').exists()
 
 
