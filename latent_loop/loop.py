@@ -44,10 +44,12 @@ class Run:
   state: TrainState
   start: int  # the step to do next
   fingerprint: str
+  began: float  # time.perf_counter() at the start
 
 
 def prepare(config: Config, workdir: Path) -> Run:
   """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
+  began = time.perf_counter()
   mesh = meshes.make_mesh(config.mesh)
   meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
@@ -75,6 +77,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     state=state,
     start=step or 0,
     fingerprint=fingerprint,
+    began=began,
   )
 
 
@@ -255,6 +258,8 @@ class Logger:
       self._write(step, values, batch_hash)
     elif self._first:
       self.restart_clock()  # the first step was compiled
+    if self._first:
+      say(f'first step done {time.perf_counter() - self._this.began:.1f} s after the start, compiling included')
     self._first = False
 
   def _write(self, step: int, values: dict[str, Any], batch_hash: str) -> None:

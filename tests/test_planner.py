@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.parallel import mesh as meshes
 from latent_loop.planner import hlo, topology
+from latent_loop.planner.plan import _out_of_memory
 from latent_loop.planner.roofline import Roofline
 from tests.reading_path import ROOT
 from tests.tiny import B, T, V, mesh_of, tiny_config
@@ -108,6 +110,22 @@ def test_what_does_not_fit_is_said_with_the_amount_and_the_remedy(monkeypatch):
   made = planner.plan(tiny_config(**{'mesh.weights': 'gather_per_iteration'}), 'cpu:8', 1, None, print)
   text = planner.describe(made, planner.summary(made))
   assert made.fits is False and 'does NOT fit' in text and 'GiB too much' in text and 'a larger fsdp axis' in text
+
+
+@pytest.mark.parametrize(
+  'text, gib',
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (42.05G) exceeds',
+      42.05,
+    ),
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.', 17.5),
+  ],
+)
+def test_the_compilers_sentence_about_memory_is_understood(text, gib):
+  assert _out_of_memory(jax.errors.JaxRuntimeError(text)).needed == pytest.approx(gib * 2**30, rel=1e-6)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    _out_of_memory(jax.errors.JaxRuntimeError('INTERNAL: something else'))
 
 
 @pytest.mark.parametrize('batch, says', [(12, 'does not divide over dcn x data x fsdp')])

@@ -101,3 +101,6 @@ def test_modes_compute_the_same_step(mode):
   np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-6)
   mu = lambda state: state.opt_state[0][0].mu  # of the first step: the gradient, times a constant
   assert worst_relative(mu(got_state), mu(want_state))[0] < 1e-5
+  for _ in range(4):
+    (want_state, want), (got_state, got) = want_step(want_state, *args[1:]), got_step(got_state, *same[1:])
+    np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-5)

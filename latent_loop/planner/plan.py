@@ -153,13 +153,13 @@ def _lower(config: Config, model: Any, mesh: Mesh) -> Any:
 
 
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> Memory:
-  """What the compiler said it needed; any other of its errors is not ours to explain."""
+  """What the compiler said it needed: the first size it names. Any other of its errors is not ours to explain."""
   text = str(error)
-  used = re.search(r'Used ([\d.]+)([KMGT])i?B? of ([\d.]+)([KMGT])i?B? hbm', text)
-  if 'RESOURCE_EXHAUSTED' not in text or not used:
+  said = re.search(r'([\d.]+)([KMGT])', text.partition('emory')[2])
+  if 'RESOURCE_EXHAUSTED' not in text or not said:
     raise error
   scale = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  return Memory(0, 0, 0, int(float(used[1]) * scale[used[2]]))
+  return Memory(0, 0, 0, int(float(said[1]) * scale[said[2]]))
 
 
 def summary(made: Plan) -> dict[str, Any]:
