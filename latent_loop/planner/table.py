@@ -53,7 +53,7 @@ def _memory(made: Plan) -> list[tuple[str, str]]:
 
 def _collectives(made: Plan, numbers: dict[str, Any]) -> list[tuple[str, str]]:
   if made.collectives is None:
-    return [('collectives', 'not counted: there is no compiled program')]
+    return [('collectives', 'not counted: there is no compiled program; the times below leave them out')]
   sent = lambda found: sum(c.bytes_per_step(numbers['mean_n']) for c in found) / 1e9
   kinds = (
     ('weights, in the depth loops', made.weight_collectives(True)),
