@@ -168,7 +168,7 @@ def _memory_of(compiled: Any) -> Line:
 def train(config: Config, depths: list[tuple[int, int]], effort: Effort) -> Iterator[Line]:
   """Lines of the training step at each (n, k), then how its time grows with n; raises BadInput."""
   mesh = meshes.make_mesh(config.mesh)
-  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   yield (speeds := machine(config))
   medians, state = {}, None

@@ -51,7 +51,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
   began = time.perf_counter()
   mesh = meshes.make_mesh(config.mesh)
-  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh)
+  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)

@@ -99,7 +99,7 @@ def make_evaluator(
   training fits here. Raises BadInput when that does not divide over the mesh.
   """
   passes = config.train.num_microbatches
-  meshes.check_batch(config.train.batch_size, passes, mesh)
+  meshes.check_batch(config.train.batch_size, passes, mesh.shape)
   rows, size = source.rows('validation'), config.train.batch_size // passes
   batches = Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh))
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)

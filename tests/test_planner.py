@@ -77,6 +77,12 @@ def test_unknown_hardware_is_a_sentence(name, says):
     topology.find('h100:8', 0)
 
 
+def test_an_absent_tpu_compiler_is_a_sentence_that_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(BadInput, match='libtpu, is not installed here; pip install -r launch/requirements/tpu.txt'):
+    topology.find('v5e:2x2', 1)
+
+
 def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
   config = tiny_config()
   found = topology.find('h200:4', 2)

@@ -100,7 +100,7 @@ def test_mesh_sizes_that_no_number_of_devices_fits_are_bad_input(sizes):
 
 @pytest.mark.parametrize('batch_size, microbatches, ok', [(8, 1, True), (8, 2, True), (6, 1, False), (12, 2, False)])
 def test_batch_must_divide_over_devices_and_microbatches(batch_size, microbatches, ok):
-  check = lambda: meshes.check_batch(batch_size, microbatches, mesh_of(2, 2, 2))
+  check = lambda: meshes.check_batch(batch_size, microbatches, mesh_of(2, 2, 2).shape)
   if ok:
     return check()
   with pytest.raises(BadInput, match=f'batch_size={batch_size} does not divide'):

@@ -1,6 +1,7 @@
 """Devices as a mesh with the axes of config.mesh, and which batches divide over it."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -45,13 +46,8 @@ def resolve(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
   return {name: num_devices // known if name in free else size for name, size in sizes.items()}
 
 
-def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
-  """Raises BadInput unless every microbatch divides over the axes that split rows."""
-  check_batch_sizes(batch_size, num_microbatches, dict(mesh.shape))
-
-
-def check_batch_sizes(batch_size: int, num_microbatches: int, axes: dict[str, int]) -> None:
-  """`check_batch` for axis name -> size, where there is no mesh yet."""
+def check_batch(batch_size: int, num_microbatches: int, axes: Mapping[str, int]) -> None:
+  """Raises BadInput unless every microbatch divides over the axes that split rows. axes: name -> size."""
   sizes = [axes[axis] for axis in ROW_AXES]
   ways = math.prod(sizes) * num_microbatches
   if batch_size % ways:

@@ -71,8 +71,7 @@ class Gathering:
     return self._gather_parts(shards, [part for part in shards if part not in later], rows)
 
   def ahead_of_iteration(self, shards: dict[str, Any], s_BTD: jax.Array) -> dict[str, Any]:
-    if self.mode != 'gather_per_iteration':
-      return shards
+    """For gather_per_iteration only: in the other modes the core is whole by then."""
     return self._gather_parts(shards, [part for part in _CORE if part in shards], s_BTD)
 
   def reduce(self, grads: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,14 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from latent_loop.batch import Batch
-from latent_loop.config import Config
+from latent_loop.config import Config, MeshConfig
 from latent_loop.model import build, cost
 from latent_loop.model.depth_loop import LOOP_SCOPE
 from latent_loop.optim import make_optimizer
@@ -28,7 +28,7 @@ _TOKENS = 4096  # tokens per device and microbatch that keep matrix units busy
 # (experiments/LOG.md).
 _QUICK = {'exec_time_optimization_effort': -1.0}
 _SMALL = 1024  # bytes; below it a collective carries numbers, not weights
-MODES = ('gather_once', 'gather_per_microbatch', 'gather_per_iteration')
+MODES = get_args(MeshConfig.__annotations__['weights'])  # from most memory to least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _fitted(config: Config, found: topology.Topology, slices: int, global_batch:
     together = max(size for size in range(1, min(rows, wanted) + 1) if rows % size == 0)
     train = dataclasses.replace(train, num_microbatches=rows // together)
   config = dataclasses.replace(config, mesh=mesh, train=train)
-  meshes.check_batch_sizes(train.batch_size, train.num_microbatches, sizes)
+  meshes.check_batch(train.batch_size, train.num_microbatches, sizes)
   return config
 
 

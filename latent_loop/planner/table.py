@@ -67,8 +67,8 @@ def _collectives(made: Plan, numbers: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _by_depth(made: Plan) -> list[str]:
   """Rows at quantiles of the depth law."""
-  roofline, times = made.roofline(), made.roofline().over_law()
-  depths = np.array([t.n + t.k for t in times])
+  roofline = made.roofline()
+  depths = np.array([t.n + t.k for t in roofline.over_law()])
   k = made.config.depth.backprop_depth
   lines = ['  depth     n   k   step s   matmul   memory   between chips   MFU <=']
   for share in (0.05, 0.5, 0.95, 0.999):

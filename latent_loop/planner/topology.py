@@ -1,6 +1,7 @@
 """Hardware by name: 'v5p:4x4x4' as devices to compile for, 'h200:64' as numbers, 'cpu:8' as this machine."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 
@@ -49,15 +50,15 @@ def find(name: str, slices: int) -> Topology:
 
 
 def _tpu_devices(name: str, slices: int) -> list:
+  if importlib.util.find_spec('libtpu') is None:
+    raise BadInput(
+      f'--topology={name}: the TPU compiler, libtpu, is not installed here; pip install -r launch/requirements/tpu.txt'
+    )
   options = {'num_slices': slices} if slices > 1 else {}
   try:
     return list(topologies.get_topology_desc(name, 'tpu', **options).devices)
-  except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # JaxRuntimeError is a RuntimeError
+  except jax.errors.JaxRuntimeError as error:  # how libtpu refuses a shape that no pod has
     text = ' '.join(str(error).split())
-    if 'libtpu' in text or 'not in the list of known backends' in text or 'Unable to initialize' in text:
-      raise BadInput(
-        f'--topology={name}: the TPU compiler is not here ({text[:200]}); pip install -r launch/requirements/tpu.txt'
-      ) from error
     raise BadInput(
       f'--topology={name}: libtpu knows no such topology ({text[:200]}); try v5e:4x4 or v5p:4x4x4'
     ) from error
