@@ -239,6 +239,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+  """What stops a run, or warns, before it is lost."""
+
+  max_skips_in_row: int = 3  # updates skipped for a loss or gradient that is not finite, then exit code 11
+
+  def __post_init__(self):
+    _require(self.max_skips_in_row >= 1, f'config.guard.max_skips_in_row={self.max_skips_in_row} is below 1')
+
+
+@dataclass(frozen=True)
 class LogConfig:
   """Where metrics go besides the console and metrics.jsonl."""
 
@@ -265,6 +275,7 @@ class Config:
   checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
   eval: EvalConfig = field(default_factory=EvalConfig)
   log: LogConfig = field(default_factory=LogConfig)
+  guard: GuardConfig = field(default_factory=GuardConfig)
 
   def __post_init__(self):
     chunk, seq_len = self.train.loss_chunk, self.data.seq_len

@@ -1,7 +1,7 @@
 """The training loop: restore, then batch, step, log, save, evaluate; the only stateful file."""
 
+import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +13,18 @@ from latent_loop import data, trained
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
-from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
+from latent_loop.exit_codes import DONE, NON_FINITE, PREEMPTED
 from latent_loop.interrupt import StopRequest
 from latent_loop.kernels.choice import choose_attention
-from latent_loop.metrics import JsonLines, make_writers
-from latent_loop.model import Model, build, cost
+from latent_loop.metrics import JsonLines
+from latent_loop.model import Model, build
 from latent_loop.optim import make_optimizer
-from latent_loop.parallel import chips
 from latent_loop.parallel import mesh as meshes
+from latent_loop.progress import Logger, Profiler, say
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
+from latent_loop.trust import diagnosis, guards
 from latent_loop.workdir import open_workdir, update_config
-
-DONE, PREEMPTED, NON_FINITE = 0, 10, 11  # exit codes
 
 
 @dataclasses.dataclass
@@ -53,10 +52,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   mesh = meshes.make_mesh(config.mesh)
   meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
-  source = data.make_source(config)
-  mine = trained.rows_here(config.train.batch_size, mesh)
-  batches = Batches(source.rows('train'), config.seed, config.train.batch_size, mine)
-  fingerprint = f'{source.fingerprint}/{batches.order_hash()}'
+  source, batches, fingerprint = open_data(config, mesh)
   model = build(config.model, config.depth)
   optimizer = make_optimizer(config.optim, config.train.num_steps)
   init, specs = make_sharded_state(config, model, optimizer, mesh)
@@ -81,6 +77,14 @@ def prepare(config: Config, workdir: Path) -> Run:
   )
 
 
+def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
+  """(the source, its training batches, of each of which this process builds its own rows, what both must stay)."""
+  source = data.make_source(config)
+  mine = trained.rows_here(config.train.batch_size, mesh)
+  batches = Batches(source.rows('train'), config.seed, config.train.batch_size, mine)
+  return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
+
+
 def alone(step: int, wanted: bool) -> bool:
   """Whether a single process stops after `step`: as it wants."""
   return wanted
@@ -101,31 +105,66 @@ def run(
   if finished_before(this):
     return DONE
   total, key = config.train.num_steps, jax.random.key(config.seed)
-  with this.checkpoints, StopRequest() as stop, Logger(this) as logger, Profiler(this, profile_steps) as profiler:
+  with attended(this, profile_steps) as (stop, logger, profiler):
     for step in range(this.start, total):
       profiler.before(step)
       wait_start = time.perf_counter()
       batch = this.batches.batch(step)
       wait_secs = time.perf_counter() - wait_start
       this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
-      logger.take(step + 1, metrics, batch.hash(), wait_secs)
-      stopping, last = agree(step, stop.requested), step + 1 == total
-      saving = stopping or last or (step + 1) % config.checkpoint.every_steps == 0
-      if saving:  # look at this step's numbers first, and write them: a resume begins behind them
-        logger.flush()
-      if logger.non_finite:
-        return NON_FINITE
-      if saving:
-        save(this, step + 1)
-      if stopping and not last:
-        say(f'stopped at step {step + 1}, saved; start the same command again to continue')
-        return PREEMPTED
-      if (step + 1) % config.eval.every_steps == 0 and not last:
-        logger.flush()
-        evaluate(this, step + 1)
-        logger.restart_clock()
+      logger.take(step + 1, metrics, wait_secs)
+      code = after_step(this, step + 1, logger, agree(step, stop.requested))
+      if code is not None:
+        return code
   finish(this)
   return DONE
+
+
+@contextlib.contextmanager
+def attended(this: Run, profile_steps: tuple[int, int] | None):
+  """What stands beside the steps: signals, metrics, profiles; and saves under way, which end with it."""
+  logger = Logger(this.config, this.model, this.workdir, this.batches, this.start, this.began)
+  profiler = Profiler(this.workdir, this.start, this.config.train.num_steps, profile_steps)
+  with this.checkpoints, StopRequest() as stop, logger, profiler:
+    yield stop, logger, profiler
+
+
+def after_step(this: Run, step: int, logger: Logger, stopping: bool) -> int | None:
+  """Saves and evaluates when it is time, with `step` steps done; an exit code when the run ends here."""
+  last = step == this.config.train.num_steps
+  saving = stopping or last or step % this.config.checkpoint.every_steps == 0
+  if saving:  # look at this step's numbers first, and write them: a resume begins behind them
+    logger.flush()
+  faults = guards.not_finite(this.state) if saving or logger.failed else []
+  if logger.failed or faults:
+    say(why_it_ends(this, step, logger.failed, faults))
+    return NON_FINITE
+  if saving:
+    save(this, step)
+  if stopping and not last:
+    say(f'stopped at step {step}, saved; start the same command again to continue')
+    return PREEMPTED
+  if step % this.config.eval.every_steps == 0 and not last:
+    logger.flush()
+    evaluate(this, step)
+    logger.restart_clock()
+  return None
+
+
+def why_it_ends(this: Run, step: int, failed: dict[str, Any] | None, faults: list[str]) -> str:
+  """The sentence on a run that is not finite. faults: arrays of the train state that hold a value that is not."""
+  advice = 'The same command would come here again: lower config.optim.learning_rate in a new --workdir'
+  if faults:
+    names = ', '.join(faults[:3]) + (f' and {len(faults) - 3} more' if len(faults) > 3 else '')
+    return f'step {step}: the train state is not finite in {names}; it was not saved. {advice}'
+  step, n, k = failed['step'], failed['n'], failed['k']
+  batch = trained.place(this.batches.batch(step - 1), this.mesh)
+  place = diagnosis.first_place(this.config, this.model, this.mesh, this.state.params, batch, step - 1, n + k)
+  return (
+    f'step {step}: loss {failed["loss"]} and gradient norm {failed["grad_norm"]} at depth {n}+{k}, batch '
+    f'{this.batches.hash(step - 1)}, the {failed["skipped_in_row"]}. update in a row that was skipped; the first value '
+    f'that is not finite is in {place}. Nothing of it was saved. {advice}'
+  )
 
 
 def finished_before(this: Run) -> bool:
@@ -175,124 +214,3 @@ def finish(this: Run) -> None:
     paths += trained.write_depth_report(done, this.workdir, numbers)
     say('\n'.join(depth_eval.table(numbers)))
     say('wrote ' + ' '.join(map(str, paths)))
-
-
-class Profiler:
-  """Traces the steps from `steps[0]` up to, not including, `steps[1]` with jax.profiler, under workdir/profile.
-
-  Of many processes the first one traces: its devices do what all do.
-  """
-
-  def __init__(self, this: Run, steps: tuple[int, int] | None):
-    total = this.config.train.num_steps
-    if steps and not this.start <= steps[0] < steps[1] <= total:
-      raise BadInput(
-        f'--profile_steps={steps[0]}:{steps[1]} lies outside the steps to do, {this.start}:{total}; '
-        'choose a range inside'
-      )
-    self._steps = steps if jax.process_index() == 0 else None
-    self._folder, self._tracing = this.workdir / 'profile', False
-
-  def __enter__(self) -> 'Profiler':
-    return self
-
-  def before(self, step: int) -> None:
-    """Starts or stops the trace ahead of `step`."""
-    if self._steps and step == self._steps[0]:
-      jax.profiler.start_trace(str(self._folder))
-      self._tracing = True
-    elif self._steps and step == self._steps[1]:
-      self._stop()
-
-  def _stop(self) -> None:
-    jax.profiler.stop_trace()
-    self._tracing = False
-    say(f'wrote a profile to {self._folder}')
-
-  def __exit__(self, *exception: object) -> None:
-    if self._tracing:
-      self._stop()
-
-
-class Logger:
-  """Reads the metrics of a step while the next one runs, and writes them every log interval.
-
-  Reading one step late also bounds the steps in flight: more than about 32 with a collective deadlock
-  on virtual CPU devices.
-  """
-
-  def __init__(self, this: Run):
-    self._this = this
-    self._cost = cost.count(this.model, this.config.data.seq_len)
-    self._writers = make_writers(this.config.log, this.workdir, this.start) if jax.process_index() == 0 else []
-    self._pending: tuple | None = None
-    self.non_finite, self._first = False, True
-    self.restart_clock()
-    self._peak = chips.peak_flops(jax.devices())
-
-  def __enter__(self) -> 'Logger':
-    return self
-
-  def take(self, step: int, metrics: dict[str, jax.Array], batch_hash: str, wait_secs: float) -> None:
-    """Takes this step's metrics and handles those of the step before."""
-    self._wait_secs += wait_secs
-    self.flush()
-    self._pending = (step, metrics, batch_hash)
-
-  def flush(self) -> None:
-    """Handles the pending step; sets `non_finite` when its loss or gradient was not."""
-    if self._pending is None:
-      return
-    (step, metrics, batch_hash), self._pending = self._pending, None
-    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    self._steps += 1
-    self._flops += self._cost.train(values['n'], values['k'])
-    if not all(math.isfinite(values[name]) for name in ('loss', 'grad_norm', 'param_norm')):
-      say(
-        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, parameter norm '
-        f'{values["param_norm"]} at depth {values["n"]}+{values["k"]}, batch {batch_hash}: not finite, and not saved. '
-        'The same command would come here again: lower config.optim.learning_rate in a new --workdir'
-      )
-      self.non_finite = True
-    elif step % self._this.config.log.every_steps == 0 or step == self._this.config.train.num_steps:
-      self._write(step, values, batch_hash)
-    elif self._first:
-      self.restart_clock()  # the first step was compiled
-    if self._first:
-      say(f'first step done {time.perf_counter() - self._this.began:.1f} s after the start, compiling included')
-    self._first = False
-
-  def _write(self, step: int, values: dict[str, Any], batch_hash: str) -> None:
-    config = self._this.config
-    secs = time.perf_counter() - self._since
-    tokens = config.train.batch_size * config.data.seq_len
-    values['tokens_per_second'] = self._steps * tokens / secs
-    values['data_wait_seconds'] = self._wait_secs / self._steps
-    values['batch_hash'] = batch_hash
-    line = (
-      f'step {step}/{config.train.num_steps}  loss {values["loss"]:.4f}  grad {values["grad_norm"]:.2f}  '
-      f'lr {values["learning_rate"]:.2e}  depth {values["n"]}+{values["k"]}  {values["tokens_per_second"]:.0f} tok/s  '
-      f'data wait {self._wait_secs / secs:.1%}'
-    )
-    if self._peak:
-      values['mfu'] = self._flops * tokens / secs / self._peak
-      line += f'  mfu {values["mfu"]:.1%}'
-    left_secs = int((config.train.num_steps - step) * secs / self._steps)
-    say(f'{line}  {left_secs // 60}m{left_secs % 60:02d}s left')
-    for writer in self._writers:
-      writer.write(step, values)
-    self.restart_clock()
-
-  def restart_clock(self) -> None:
-    """Speeds are measured from here: after a line is written, and after an evaluation, which is no training."""
-    self._since, self._steps, self._wait_secs, self._flops = time.perf_counter(), 0, 0.0, 0.0
-
-  def __exit__(self, *exception: object) -> None:
-    for writer in self._writers:
-      writer.close()
-
-
-def say(line: str) -> None:
-  """One line to the console, from process 0 alone."""
-  if jax.process_index() == 0:
-    print(line, flush=True)

@@ -18,10 +18,12 @@ from latent_loop.model import Model, Params, depth
 from latent_loop.model.layers import Rows
 from latent_loop.optim import make_schedule
 from latent_loop.parallel import sharding
+from latent_loop.parallel.mesh import with_mesh
 from latent_loop.parallel.sharding import ROW_AXES
 from latent_loop.parallel.weights import Gathering, on_rows
+from latent_loop.trust import guards
 
-_DEPTH, _STATE = 0, 1  # what a key of the step is folded with
+DEPTH, STATE = 0, 1  # what a key of the step is folded with
 
 
 @jax.tree_util.register_dataclass
@@ -29,10 +31,11 @@ _DEPTH, _STATE = 0, 1  # what a key of the step is folded with
 class TrainState:
   """Everything a run carries from step to step. `ema` is None unless config.optim.ema_decay is set."""
 
-  step: jax.Array  # optimizer steps done
+  step: jax.Array  # batches seen; the optimizer made step - skips.total updates
   params: Params
   opt_state: optax.OptState
   ema: Params | None
+  skips: guards.Skips
 
   @property
   def averaged_params(self) -> Params:
@@ -44,7 +47,7 @@ def init_state(config: Config, model: Model, optimizer: optax.GradientTransforma
   """Step 0; call under jit with out_shardings, or the moments end up on one device."""
   params = model.init(jax.random.key(config.seed))
   ema = params if config.optim.ema_decay else None
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, guards.Skips.none())
 
 
 def make_sharded_state(config: Config, model: Model, optimizer: optax.GradientTransformation, mesh: Mesh):
@@ -113,26 +116,31 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
   @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
-    n, k = depth.draw(config.depth, jax.random.fold_in(key, _DEPTH), state.step)
+    n, k = depth.draw(config.depth, jax.random.fold_in(key, DEPTH), state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
     example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
-    loss, grads = gradients(state.params, batch, example_ids_B, jax.random.fold_in(key, _STATE), n, k, total_weight)
+    loss, grads = gradients(state.params, batch, example_ids_B, jax.random.fold_in(key, STATE), n, k, total_weight)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if config.optim.ema_decay:
       ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
+    finite, old = jnp.isfinite(loss) & jnp.isfinite(grad_norm), (state.params, state.opt_state, state.ema)
+    new, skips = guards.choose(finite, (params, opt_state, ema), old, state.skips, config.guard.max_skips_in_row)
     metrics = {
       'loss': loss,
-      'grad_norm': optax.tree.norm(grads),
-      'param_norm': optax.tree.norm(params),
-      'learning_rate': schedule(state.step),
+      'grad_norm': grad_norm,
+      'param_norm': optax.tree.norm(new[0]),
+      'learning_rate': schedule(state.step - state.skips.total),
       'n': n,
       'k': k,
+      'skipped': skips.total,
+      'skipped_in_row': skips.in_row,
     }
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    return TrainState(state.step + 1, *new, skips), metrics
 
-  return _with_mesh(train_step, mesh)
+  return with_mesh(train_step, mesh)
 
 
 def accumulate(microbatch: Callable, rows: tuple, count: int) -> tuple[jax.Array, Params]:
@@ -145,20 +153,3 @@ def accumulate(microbatch: Callable, rows: tuple, count: int) -> tuple[jax.Array
   )
   add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)
   return jax.lax.scan(add, zeros, parts)[0]
-
-
-def _with_mesh(step: Callable, mesh: Mesh) -> Callable:
-  """`step` run inside the mesh context, where constraints by axis name hold."""
-
-  @functools.wraps(step)
-  def run(*args):
-    with jax.set_mesh(mesh):
-      return step(*args)
-
-  def lower(*args):
-    with jax.set_mesh(mesh):
-      return step.lower(*args)
-
-  run.compiled_count = step._cache_size
-  run.lower = lower
-  return run

@@ -16,6 +16,7 @@ ROOMS = (
   'latent_loop/optim/',
   'latent_loop/parallel/sharding.py',
   'latent_loop/parallel/weights.py',
+  'latent_loop/trust/guards.py',
   'latent_loop/batch.py',
 )
 ROOTS = (

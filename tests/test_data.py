@@ -42,7 +42,7 @@ def test_every_token_of_an_epoch_is_a_target_once(text):
   windows = np.concatenate([rows[i]['tokens_BT'] for i in range(len(rows))])
   assert (windows == rows._tokens[: len(windows)]).all()
   batches = Batches(rows, seed=3, batch_size=4)
-  seen = [int(i) for i in _row_ids(batches._rows, rows, len(rows))]
+  seen = [int(i) for i in _row_ids([rows[batches._order[i]] for i in range(len(rows))], rows, len(rows))]
   assert sorted(seen) == list(range(len(rows)))
 
 

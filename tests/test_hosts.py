@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from latent_loop import loop, trained
+from latent_loop import exit_codes, loop, trained
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.errors import BadInput
 from latent_loop.model import build
@@ -276,7 +276,7 @@ def test_two_processes_train_as_one(tmp_path):
   assert '[0] preflight: 2 of 2 processes, alike; 8 devices of 2 x 4 (cpu)' in result.stdout
   assert result.stdout.count('step 5/5') == 1 and result.stdout.count('wrote ') == 1
   config = from_json((tmp_path / 'two/config.json').read_text(), '')
-  assert loop.run(config, tmp_path / 'one') == loop.DONE
+  assert loop.run(config, tmp_path / 'one') == exit_codes.DONE
   assert {p.name for p in (tmp_path / 'two').iterdir()} == {p.name for p in (tmp_path / 'one').iterdir()}
   one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
   assert [r['step'] for r in two] == [1, 2, 3, 4, 5]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_loop import loop, trained, workdir
+from latent_loop import exit_codes, loop, trained, workdir
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.sealing import from_json, to_json
@@ -58,7 +58,7 @@ def tiny_run(steps: int = 4, **overrides) -> Config:
 def finished(tmp_path_factory) -> Path:
   """The workdir of a finished run, made in this process."""
   path = tmp_path_factory.mktemp('runs') / 'finished'
-  assert loop.run(tiny_run(), path) == loop.DONE
+  assert loop.run(tiny_run(), path) == exit_codes.DONE
   return path
 
 
@@ -259,7 +259,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished):
 
 
 def test_a_finished_run_says_so(finished, capsys):
-  assert loop.run(tiny_run(), finished) == loop.DONE
+  assert loop.run(tiny_run(), finished) == exit_codes.DONE
   assert 'already finished' in capsys.readouterr().out
 
 
@@ -306,7 +306,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
 @pytest.mark.slow
 def test_a_profile_holds_the_scopes(tmp_path):
   config = tiny_run(6)
-  assert loop.run(config, tmp_path / 'run', profile_steps=(3, 5)) == loop.DONE
+  assert loop.run(config, tmp_path / 'run', profile_steps=(3, 5)) == exit_codes.DONE
   files = list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
   assert len(files) == 1
   content = files[0].read_bytes()

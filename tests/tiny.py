@@ -15,6 +15,7 @@ from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.sealing import seal, view
 from latent_loop.step import TrainState
+from latent_loop.trust import guards
 
 # Pairwise different, and divisible by what the meshes of the tests need.
 B, T, D, N, H, F, V, K = 8, 10, 48, 4, 12, 40, 68, 3  # K: backprop_depth
@@ -62,7 +63,7 @@ def start_state(config: Config, model: Model, optimizer: optax.GradientTransform
   """A train state at step 0 around random_params, on the host."""
   params = random_params(model, seed)
   ema = jax.tree.map(np.copy, params) if config.optim.ema_decay else None
-  return jax.device_get(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema))
+  return jax.device_get(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, guards.Skips.none()))
 
 
 def random_batch(seed: int = 0, rows: int = B, seq_len: int = T, vocab_size: int = V, pad: int = 0) -> Batch:

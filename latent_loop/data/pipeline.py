@@ -4,9 +4,11 @@ Every process sees the same global order and builds only its own rows of each ba
 depend on the number of hosts.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import grain
+import numpy as np
 
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
@@ -18,13 +20,18 @@ class Batches:
 
   def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
     """mine: which rows of each global batch to build; None = all."""
-    self._rows = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    self._rows, self._order = rows, grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat()
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack([self._rows[step * self._global + i] for i in self._mine])
+    return stack([self._rows[self._order[step * self._global + i]] for i in self._mine])
+
+  def hash(self, step: int) -> str:
+    """Which examples the global batch at `step` holds, in order; each process finds it by itself."""
+    ids = [self._order[step * self._global + i] for i in range(self._global)]
+    return hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=8).hexdigest()
 
   def order_hash(self) -> str:
     """Changes when another library version would shuffle differently; equal on every process."""
-    return stack([self._rows[i] for i in range(8)]).hash()
+    return stack([self._rows[self._order[i]] for i in range(8)]).hash()

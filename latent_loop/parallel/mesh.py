@@ -1,7 +1,8 @@
 """Devices as a mesh with the axes of config.mesh, and which batches divide over it."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -55,3 +56,20 @@ def check_batch(batch_size: int, num_microbatches: int, axes: Mapping[str, int])
       f'config.train.batch_size={batch_size} does not divide over dcn x data x fsdp x num_microbatches = '
       f'{" x ".join(map(str, sizes))} x {num_microbatches}; use a multiple of {ways}'
     )
+
+
+def with_mesh(step: Callable, mesh: Mesh) -> Callable:
+  """`step` run inside the mesh context, where constraints by axis name hold."""
+
+  @functools.wraps(step)
+  def run(*args):
+    with jax.set_mesh(mesh):
+      return step(*args)
+
+  def lower(*args):
+    with jax.set_mesh(mesh):
+      return step.lower(*args)
+
+  run.compiled_count = step._cache_size
+  run.lower = lower
+  return run
