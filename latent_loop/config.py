@@ -243,9 +243,19 @@ class GuardConfig:
   """What stops a run, or warns, before it is lost."""
 
   max_skips_in_row: int = 3  # updates skipped for a loss or gradient that is not finite, then exit code 11
+  startup_secs: float = 3600.0  # how long the first steps, the first save and so on may take, compiling included
+  patience_secs: float = 180.0  # later: how long nothing may move, at least; then stacks, and exit code 12
+  patience_factor: float = 10.0  # ... and at least this times what the depth of the step explains
+  slow_factor: float = 3.0  # a step above this times what its depth explains is reported
+  cross_check_steps: int = 50  # how often processes compare depth, batch and config
 
   def __post_init__(self):
-    _require(self.max_skips_in_row >= 1, f'config.guard.max_skips_in_row={self.max_skips_in_row} is below 1')
+    for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor'):
+      value = vars(self)[name]
+      _require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
+    for name in ('startup_secs', 'patience_secs'):
+      value = vars(self)[name]
+      _require(value > 0, f'config.guard.{name}={value} must be positive')
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,32 @@
-"""Ctrl-C and SIGTERM as a question the loop can ask, so that a stop comes between two steps."""
+"""Signals and a time limit as a question the loop can ask, so that a stop comes between two steps."""
 
+import math
 import signal
+import time
 
 
 class StopRequest:
-  """Within the context, `requested` tells whether a signal came; a second one acts as usual."""
+  """Within the context, `requested()` tells whether a signal came, or time.monotonic() has passed `deadline`.
 
-  _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+  A second Ctrl-C acts as usual. The other signals come from schedulers, which repeat them: they change nothing more.
+  """
+
+  _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+  def __init__(self, deadline: float = math.inf):
+    self._deadline, self._signaled = deadline, False
 
   def __enter__(self) -> 'StopRequest':
-    self.requested = False
     self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
     return self
 
+  def requested(self) -> bool:
+    return self._signaled or time.monotonic() >= self._deadline
+
   def _receive(self, number: int, frame: object) -> None:
-    self.requested = True
-    signal.signal(number, self._previous[number])
+    self._signaled = True
+    if number == signal.SIGINT:
+      signal.signal(number, self._previous[number])
 
   def __exit__(self, *exception: object) -> None:
     for number, handler in self._previous.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,12 @@ from latent_loop.metrics import JsonLines
 from latent_loop.model import Model, build
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import mesh as meshes
+from latent_loop.parallel.group import Alone, Group
 from latent_loop.progress import Logger, Profiler, say
+from latent_loop.sealing import fingerprint
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
 from latent_loop.trust import diagnosis, guards
+from latent_loop.trust.watchdog import Watchdog
 from latent_loop.workdir import open_workdir, update_config
 
 
@@ -52,14 +56,14 @@ def prepare(config: Config, workdir: Path) -> Run:
   mesh = meshes.make_mesh(config.mesh)
   meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
-  source, batches, fingerprint = open_data(config, mesh)
+  source, batches, data_fingerprint = open_data(config, mesh)
   model = build(config.model, config.depth)
   optimizer = make_optimizer(config.optim, config.train.num_steps)
   init, specs = make_sharded_state(config, model, optimizer, mesh)
   open_workdir(workdir, config)
   checkpoints = Checkpoints(workdir, config.checkpoint)
   step = checkpoints.latest_step()
-  state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint)
+  state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, data_fingerprint)
   return Run(
     config=config,
     workdir=workdir,
@@ -72,7 +76,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     checkpoints=checkpoints,
     state=state,
     start=step or 0,
-    fingerprint=fingerprint,
+    fingerprint=data_fingerprint,
     began=began,
   )
 
@@ -85,58 +89,64 @@ def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 
 
-def alone(step: int, wanted: bool) -> bool:
-  """Whether a single process stops after `step`: as it wants."""
-  return wanted
-
-
 def run(
   config: Config,
   workdir: Path,
   profile_steps: tuple[int, int] | None = None,
-  agree: Callable[[int, bool], bool] = alone,
+  group: Group | None = None,
+  deadline: float = math.inf,
 ) -> int:
   """Trains until config.train.num_steps and writes the depth report; returns the exit code.
 
-  agree(step, wanted) -> whether all processes stop after this step, given whether this one wants to.
+  group: this process's place among many. deadline: of time.monotonic(), when to save and stop at the latest.
   Started again it goes on from the newest checkpoint, bit for bit as if it had never stopped.
   """
-  this = prepare(config, workdir)
-  if finished_before(this):
-    return DONE
-  total, key = config.train.num_steps, jax.random.key(config.seed)
-  with attended(this, profile_steps) as (stop, logger, profiler):
-    for step in range(this.start, total):
-      profiler.before(step)
-      wait_start = time.perf_counter()
-      batch = this.batches.batch(step)
-      wait_secs = time.perf_counter() - wait_start
-      this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
-      logger.take(step + 1, metrics, wait_secs)
-      code = after_step(this, step + 1, logger, agree(step, stop.requested))
-      if code is not None:
-        return code
-  finish(this)
+  group = group or Alone()
+  with Watchdog(config.guard, group.announce) as watch:
+    group.on_hang, this = watch.bark, prepare(config, workdir)
+    if finished_before(this):
+      return DONE
+    key = jax.random.key(config.seed)
+    with attended(this, watch, group, profile_steps) as (logger, profiler), StopRequest(deadline) as stop:
+      for step in range(this.start, config.train.num_steps):
+        profiler.before(step)
+        watch.phase('data')
+        batch = this.batches.batch(step)
+        wait_secs = watch.phase('dispatch')
+        this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
+        watch.phase('device')
+        logger.take(step + 1, metrics, wait_secs)
+        watch.phase('peers')
+        code = after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))
+        if code is not None:
+          return code
+    watch.phase('report')
+    finish(this)
   return DONE
 
 
 @contextlib.contextmanager
-def attended(this: Run, profile_steps: tuple[int, int] | None):
-  """What stands beside the steps: signals, metrics, profiles; and saves under way, which end with it."""
-  logger = Logger(this.config, this.model, this.workdir, this.batches, this.start, this.began)
+def attended(this: Run, watch: Watchdog, group: Group | Alone, profile_steps: tuple[int, int] | None):
+  """What stands beside the steps: metrics and profiles; and saves under way, which end with it."""
+  group.check(this.start, {'the config': fingerprint(this.config), 'the data': this.fingerprint})
+  logger = Logger(this.config, this.model, this.workdir, this.batches, this.start, this.began, watch, group)
   profiler = Profiler(this.workdir, this.start, this.config.train.num_steps, profile_steps)
-  with this.checkpoints, StopRequest() as stop, logger, profiler:
-    yield stop, logger, profiler
+  with this.checkpoints, logger, profiler:
+    yield logger, profiler
+    watch.phase('close')
 
 
-def after_step(this: Run, step: int, logger: Logger, stopping: bool) -> int | None:
+def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: bool) -> int | None:
   """Saves and evaluates when it is time, with `step` steps done; an exit code when the run ends here."""
   last = step == this.config.train.num_steps
   saving = stopping or last or step % this.config.checkpoint.every_steps == 0
+  watch.phase('device')
   if saving:  # look at this step's numbers first, and write them: a resume begins behind them
     logger.flush()
+    watch.phase('save')
   faults = guards.not_finite(this.state) if saving or logger.failed else []
   if logger.failed or faults:
+    watch.phase('diagnosis')
     say(why_it_ends(this, step, logger.failed, faults))
     return NON_FINITE
   if saving:
@@ -146,6 +156,7 @@ def after_step(this: Run, step: int, logger: Logger, stopping: bool) -> int | No
     return PREEMPTED
   if step % this.config.eval.every_steps == 0 and not last:
     logger.flush()
+    watch.phase('evaluate')
     evaluate(this, step)
     logger.restart_clock()
   return None

@@ -13,6 +13,9 @@ from latent_loop.errors import BadInput
 from latent_loop.metrics import make_writers
 from latent_loop.model import Model, cost
 from latent_loop.parallel import chips
+from latent_loop.parallel.group import Alone, Group
+from latent_loop.sealing import fingerprint
+from latent_loop.trust.watchdog import Watchdog
 
 
 def say(line: str) -> None:
@@ -63,9 +66,19 @@ class Logger:
   on virtual CPU devices.
   """
 
-  def __init__(self, config: Config, model: Model, workdir: Path, batches: Batches, start: int, began: float):
+  def __init__(
+    self,
+    config: Config,
+    model: Model,
+    workdir: Path,
+    batches: Batches,
+    start: int,
+    began: float,
+    watch: Watchdog,
+    group: Group | Alone,
+  ):
     """start: the step to do next. began: time.perf_counter() at the start of the program's work."""
-    self._config, self._batches, self._began = config, batches, began
+    self._config, self._batches, self._began, self._watch, self._group = config, batches, began, watch, group
     self._cost = cost.count(model, config.data.seq_len)
     self._writers = make_writers(config.log, workdir, start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
@@ -89,12 +102,17 @@ class Logger:
       return
     (step, metrics), self._pending = self._pending, None
     values = {'step': step, **{name: value.item() for name, value in jax.device_get(metrics).items()}}
+    slow = self._watch.step_done(values['n'], values.pop('next_n'))
+    if slow:
+      say(f'step {step}: {slow}')
     self._steps += 1
     self._flops += self._cost.train(values['n'], values['k'])
     if values['skipped_in_row']:
       self._report_skip(values)
     if values['skipped_in_row'] >= self._config.guard.max_skips_in_row or not math.isfinite(values['param_norm']):
       self.failed = values
+    if step % self._config.guard.cross_check_steps == 0:
+      self._group.check(step, self._facts(values))
     if step % self._config.log.every_steps == 0 or step == self._config.train.num_steps:
       self._write(step, values)
     elif self._first:
@@ -110,12 +128,18 @@ class Logger:
       f'skipped ({values["skipped_in_row"]} in a row, {values["skipped"]} in all)'
     )
 
+  def _facts(self, values: dict[str, Any]) -> dict[str, str]:
+    """What must be equal on all processes after a step."""
+    depth, batch = f'{values["n"]}+{values["k"]}', self._batches.hash(values['step'] - 1)
+    return {'the depth drawn': depth, 'the hash of the batch': batch, 'the config': fingerprint(self._config)}
+
   def _write(self, step: int, values: dict[str, Any]) -> None:
     config = self._config
     secs = time.perf_counter() - self._since
     tokens = config.train.batch_size * config.data.seq_len
     values['tokens_per_second'] = self._steps * tokens / secs
     values['data_wait_seconds'] = self._wait_secs / self._steps
+    values['slow_steps'] = self._watch.slow_steps
     values['batch_hash'] = self._batches.hash(step - 1)
     line = (
       f'step {step}/{config.train.num_steps}  loss {values["loss"]:.4f}  grad {values["grad_norm"]:.2f}  '

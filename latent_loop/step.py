@@ -115,11 +115,12 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
 
   @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
-    key = jax.random.fold_in(key, state.step)
-    n, k = depth.draw(config.depth, jax.random.fold_in(key, DEPTH), state.step)
+    key_of = lambda step, use: jax.random.fold_in(jax.random.fold_in(key, step), use)
+    draw = lambda step: depth.draw(config.depth, key_of(step, DEPTH), step)
+    n, k = draw(state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
     example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
-    loss, grads = gradients(state.params, batch, example_ids_B, jax.random.fold_in(key, STATE), n, k, total_weight)
+    loss, grads = gradients(state.params, batch, example_ids_B, key_of(state.step, STATE), n, k, total_weight)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -135,6 +136,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
       'learning_rate': schedule(state.step - state.skips.total),
       'n': n,
       'k': k,
+      'next_n': draw(state.step + 1)[0],  # how long the host may wait for the step to come
       'skipped': skips.total,
       'skipped_in_row': skips.in_row,
     }

@@ -51,7 +51,7 @@ def join(config, workdir: Path):
 def seat_of(environment: dict[str, str]):
   """The Seat that flags and `environment` give, None without any; raises BadInput."""
   from latent_loop.errors import BadInput
-  from latent_loop.parallel.processes import Seat
+  from latent_loop.parallel.group import Seat
 
   by_hand = {
     '--coordinator': _COORDINATOR.value,
@@ -87,7 +87,7 @@ def _refuse_to_train_alone(environment: dict[str, str]) -> None:
 
 def _slurm_seat(environment: dict[str, str]):
   from latent_loop.errors import BadInput
-  from latent_loop.parallel.processes import Seat
+  from latent_loop.parallel.group import Seat
 
   names = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_STEP_NUM_NODES')
   missing = [name for name in names if name not in environment]
@@ -107,7 +107,7 @@ def _slurm_seat(environment: dict[str, str]):
 
 def _tpu_seat(environment: dict[str, str]):
   """On GKE the environment knows all; on a TPU VM the machine's metadata server does."""
-  from latent_loop.parallel.processes import Seat
+  from latent_loop.parallel.group import Seat
 
   if {'TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'} <= environment.keys():
     workers, worker, slices = environment['TPU_WORKER_HOSTNAMES'].split(','), environment['TPU_WORKER_ID'], environment

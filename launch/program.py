@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-BAD_INPUT, BUG = 2, 1
+from latent_loop.exit_codes import BAD_INPUT, BUG
 
 
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:

@@ -1,5 +1,8 @@
 """Trains: python -m launch.train --config=experiments/tiny_text.py --workdir=runs/tiny_text"""
 
+import math
+import time
+
 from absl import flags
 
 from launch import hosts, program
@@ -8,9 +11,13 @@ _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; not empty = continue')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'print what would run, touch no device and no file, stop')
 _PROFILE = flags.DEFINE_string('profile_steps', None, 'first:last, steps to trace with jax.profiler')
+_TIME_LIMIT = flags.DEFINE_float(
+  'time_limit', None, 'minutes from the start after which it saves and ends with code 10'
+)
 
 
 def main() -> int:
+  deadline = time.monotonic() + 60 * _TIME_LIMIT.value if _TIME_LIMIT.value is not None else math.inf
   config = program.sealed(_CONFIG)
   if _DRY_RUN.value:
     from latent_loop import dry_run
@@ -21,7 +28,7 @@ def main() -> int:
   group = hosts.join(config, workdir)
   from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
 
-  return loop.run(config, workdir, profile_steps, group.agree if group else loop.alone)
+  return loop.run(config, workdir, profile_steps, group, deadline)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from latent_loop import loop
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.data.pipeline import Batches
-from latent_loop.exit_codes import NON_FINITE
+from latent_loop.exit_codes import NON_FINITE, PREEMPTED
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
 from latent_loop.step import make_sharded_state, make_train_step
@@ -35,6 +36,7 @@ CONFIG = tiny_config(
     'model.vocab_size': 264,
     'model.num_prelude_layers': 0,
     'model.num_coda_layers': 0,
+    'depth.backprop_depth': 1,
     'optim.ema_decay': 0.9,
     'optim.warmup_steps': 8,
     'data.source': 'addition',
@@ -145,6 +147,7 @@ def test_behind_the_last_skip_nothing_changes_any_more():
 # --- where it began ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @MESHES
 def test_the_first_place_that_is_not_finite_is_found(sizes):
   """A core that multiplies its state by 1e9 overflows float32 in an iteration that one can count."""
@@ -164,7 +167,7 @@ def test_the_first_place_that_is_not_finite_is_found(sizes):
 # --- a whole run ---------------------------------------------------------------------------------------
 
 
-def run(workdir: Path, monkeypatch, bad_batches=(), act=None) -> int:
+def run(workdir: Path, monkeypatch, bad_batches=(), act=None, **more) -> int:
   """loop.run with a NaN in the weights of `bad_batches`; act(step, state) -> the state that a step leaves."""
   build_batch, make_mesh, (init, specs, step_once) = Batches.batch, loop.meshes.make_mesh, programs(ONE)
 
@@ -185,7 +188,7 @@ def run(workdir: Path, monkeypatch, bad_batches=(), act=None) -> int:
   monkeypatch.setattr(loop, 'make_sharded_state', lambda *_: (init, specs))
   monkeypatch.setattr(loop, 'make_train_step', lambda *_: step)
   monkeypatch.setattr(loop, 'finish', lambda this: None)
-  return loop.run(CONFIG, workdir)
+  return loop.run(CONFIG, workdir, **more)
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -235,6 +238,12 @@ def test_a_state_that_is_not_finite_is_named_and_never_saved(tmp_path, monkeypat
   assert f'the train state is not finite in {part}/' in capsys.readouterr().out
   assert saved(tmp_path / 'run') == [2]
   assert_finite_on_disk(tmp_path / 'run')
+
+
+def test_a_time_limit_saves_ahead_of_it(tmp_path, monkeypatch, capsys):
+  assert run(tmp_path / 'run', monkeypatch, deadline=time.monotonic()) == PREEMPTED
+  assert saved(tmp_path / 'run') == [1]
+  assert 'stopped at step 1, saved; start the same command again' in capsys.readouterr().out
 
 
 def test_arrays_that_are_not_finite_are_named():

@@ -335,10 +335,26 @@ def test_killing_one_of_two_ends_the_other_with_14_in_seconds(tmp_path, victim):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path):
+def test_stopping_one_of_two_ends_the_job_with_12_and_stacks(tmp_path):
+  """SIGSTOP: the other one waits in a collective, or for a word. Its watchdog ends it, the launcher the stopped one."""
+  with Pair(tmp_path, *LONG, '--config.guard.patience_secs=4') as pair:
+    pair.wait_for('step 20/')
+    pair.signal(0, signal.SIGSTOP)
+    start = time.monotonic()
+    rest = pair.rest()
+  assert time.monotonic() - start < 4 + 12, 'the patience, and the time that launch/README.md states'
+  assert pair.launcher.returncode == 12, rest
+  assert 'process 1 ended with exit code 12' in rest
+  assert 'nothing has moved for' in rest and 'this process is in phase' in rest
+  assert 'most recent call first' in rest and 'loop.py' in rest, 'the stacks'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('process, number', [(1, signal.SIGTERM), (0, signal.SIGUSR1)])
+def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path, process, number):
   with Pair(tmp_path, *LONG) as pair:
     pair.wait_for('step 3/')
-    pair.signal(1, signal.SIGTERM)
+    pair.signal(process, number)
     rest = pair.rest()
   assert pair.launcher.returncode == 10, rest
   assert rest.count('ended with exit code 10') == 2 and rest.count('start the same command again') == 1
@@ -393,8 +409,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from latent_loop import trained
 from latent_loop.batch import Batch
 from latent_loop.parallel import processes
+from latent_loop.parallel.group import Seat
 me, port = int(sys.argv[1]), sys.argv[2]
-group = processes.join(processes.Seat(f'127.0.0.1:{port}', 2, me), {}, 60)
+group = processes.join(Seat(f'127.0.0.1:{port}', 2, me), {}, 60)
 processes.check_devices()
 whole = np.arange(24).reshape(8, 3)
 for order, shape, count in (((0, 2, 1, 3), (2, 2, 1), 4), ((0, 2, 1, 3), (2, 1, 2), 8), ((3, 2, 0, 1), (4, 1, 1), 4)):
@@ -423,8 +440,9 @@ def test_rows_are_in_order_when_the_mesh_interleaves_processes():
 ENDING = """
 import os, signal, sys, time
 from latent_loop.parallel import processes
+from latent_loop.parallel.group import Seat
 me, port, ends, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-group = processes.join(processes.Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
+group = processes.join(Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
 group.agree(0, False)
 if me == ends and how == 137:
   os.kill(os.getpid(), signal.SIGKILL)
