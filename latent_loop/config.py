@@ -248,14 +248,24 @@ class GuardConfig:
   patience_factor: float = 10.0  # ... and at least this times what the depth of the step explains
   slow_factor: float = 3.0  # a step above this times what its depth explains is reported
   cross_check_steps: int = 50  # how often processes compare depth, batch and config
+  on_alarm: Literal['warn', 'stop'] = 'warn'  # what the alarms below do; stop = exit code 11
+  alarm_patience: int = 2  # evaluations in a row that must raise an alarm about depth
+  alarm_after_steps: int = 1000  # from which step on depth must pay and iterations contract
+  max_token_correlation: float = (
+    0.95  # of the states at the mean depth, as a share of what is possible; above: collapse
+  )
+  min_depth_gain: float = 0.005  # nats between depth 1 and the mean; below: the state is ignored
+  max_contraction: float = 1.0  # factor on the residual per iteration past the mean depth
+  max_loss: float | None = None  # nats per token, of logged steps ...
+  max_loss_after_tokens: int = 0  # ... once so many tokens are seen
 
   def __post_init__(self):
-    for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor'):
+    for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
       value = vars(self)[name]
       _require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
-    for name in ('startup_secs', 'patience_secs'):
+    for name in ('startup_secs', 'patience_secs', 'max_token_correlation', 'max_contraction', 'max_loss'):
       value = vars(self)[name]
-      _require(value > 0, f'config.guard.{name}={value} must be positive')
+      _require(value is None or value > 0, f'config.guard.{name}={value} must be positive')
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import jax
 
 from latent_loop import data, trained
 from latent_loop.checkpoint import Checkpoints
-from latent_loop.config import Config
+from latent_loop.config import Config, GuardConfig
 from latent_loop.data.pipeline import Batches
 from latent_loop.evals import depth as depth_eval
 from latent_loop.exit_codes import DONE, NON_FINITE, PREEMPTED
 from latent_loop.interrupt import StopRequest
 from latent_loop.kernels.choice import choose_attention
-from latent_loop.metrics import JsonLines
+from latent_loop.metrics import JsonLines, read_lines
 from latent_loop.model import Model, build
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import mesh as meshes
@@ -26,7 +26,7 @@ from latent_loop.parallel.group import Alone, Group
 from latent_loop.progress import Logger, Profiler, say
 from latent_loop.sealing import fingerprint
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
-from latent_loop.trust import diagnosis, guards
+from latent_loop.trust import alarms, diagnosis, guards
 from latent_loop.trust.watchdog import Watchdog
 from latent_loop.workdir import open_workdir, update_config
 
@@ -46,6 +46,7 @@ class Run:
   checkpoints: Checkpoints
   state: TrainState
   start: int  # the step to do next
+  evaluations: list[dict[str, Any]]  # the numbers of the last ones, oldest first
   fingerprint: str
   began: float  # time.perf_counter() at the start
 
@@ -76,6 +77,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     checkpoints=checkpoints,
     state=state,
     start=step or 0,
+    evaluations=past_evaluations(workdir, step or 0),
     fingerprint=data_fingerprint,
     began=began,
   )
@@ -157,9 +159,18 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   if step % this.config.eval.every_steps == 0 and not last:
     logger.flush()
     watch.phase('evaluate')
-    evaluate(this, step)
+    this.evaluations.append(evaluate(this, step))
     logger.restart_clock()
-  return None
+    logger.alarms += alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len)
+  return alarmed(this.config.guard, logger)
+
+
+def alarmed(cfg: GuardConfig, logger: Logger) -> int | None:
+  """Says every new alarm once; the exit code when alarms stop the run."""
+  for sentence in logger.alarms:
+    say(sentence if cfg.on_alarm == 'stop' else f'warning: {sentence}')
+  stop, logger.alarms = bool(logger.alarms) and cfg.on_alarm == 'stop', []
+  return NON_FINITE if stop else None
 
 
 def why_it_ends(this: Run, step: int, failed: dict[str, Any] | None, faults: list[str]) -> str:
@@ -198,6 +209,11 @@ def finished_before(this: Run) -> bool:
 def save(this: Run, step: int) -> None:
   meta = {'config': dataclasses.asdict(this.config), 'data_fingerprint': this.fingerprint}
   this.checkpoints.save(step, this.state, meta)
+
+
+def past_evaluations(workdir: Path, step: int) -> list[dict[str, Any]]:
+  """What an earlier start of this run evaluated up to `step`: its alarms count on."""
+  return [numbers for numbers in read_lines(workdir / 'evals.jsonl') if numbers['step'] <= step]
 
 
 def evaluate(this: Run, step: int) -> dict[str, Any]:

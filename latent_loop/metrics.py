@@ -59,6 +59,17 @@ class JsonLines:
     self._file.close()
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """What JsonLines wrote; a half-written last line is passed over."""
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return records
+
+
 def _step_of(line: str) -> float:
   try:
     return json.loads(line)['step']

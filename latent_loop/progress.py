@@ -15,6 +15,7 @@ from latent_loop.model import Model, cost
 from latent_loop.parallel import chips
 from latent_loop.parallel.group import Alone, Group
 from latent_loop.sealing import fingerprint
+from latent_loop.trust import alarms
 from latent_loop.trust.watchdog import Watchdog
 
 
@@ -83,6 +84,7 @@ class Logger:
     self._writers = make_writers(config.log, workdir, start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
     self.failed: dict[str, Any] | None = None  # the numbers of the step that must be the last
+    self.alarms: list[str] = []  # sentences that nobody has said yet
     self._first = True
     self.restart_clock()
     self._peak = chips.peak_flops(jax.devices())
@@ -137,6 +139,8 @@ class Logger:
     config = self._config
     secs = time.perf_counter() - self._since
     tokens = config.train.batch_size * config.data.seq_len
+    alarm = alarms.loss_too_high(step, step * tokens, values['loss'], config.guard)
+    self.alarms += [alarm] if alarm else []
     values['tokens_per_second'] = self._steps * tokens / secs
     values['data_wait_seconds'] = self._wait_secs / self._steps
     values['slow_steps'] = self._watch.slow_steps

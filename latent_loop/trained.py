@@ -19,6 +19,7 @@ from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
 from latent_loop.inference.generate import generate
+from latent_loop.metrics import read_lines
 from latent_loop.model import Model, Params, build
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import mesh as meshes
@@ -123,7 +124,7 @@ def make_evaluator(
 
 def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any]) -> list[Path]:
   """depth_report.json, .png and .html in the run's folder."""
-  curve = depth_report.read_curve(workdir / 'metrics.jsonl')
+  curve = read_lines(workdir / 'metrics.jsonl')
   return depth_report.write(workdir, trained.config.name, numbers, curve)
 
 

@@ -71,7 +71,7 @@ command -v mount.nfs >/dev/null || sudo apt-get install -qy nfs-common
 mountpoint -q /mnt/runs || { sudo mkdir -p /mnt/runs; sudo mount -t nfs $nfs /mnt/runs; }"
 fi
 # --worker=all shows nothing before all have ended, so the training goes to the background and to a file.
-start="cd latent_loop; nohup .venv/bin/python -u -m launch.train --cluster=tpu$flags >train.log 2>&1 </dev/null & sleep 1"
+start="cd latent_loop; nohup bash launch/keep_going.sh .venv/bin/python -u -m launch.train --cluster=tpu$flags >train.log 2>&1 </dev/null & sleep 1"
 
 for node in "${nodes[@]}"; do
   on_workers "$node" 0 true # the first connection spreads the key; to all at once it fails now and then

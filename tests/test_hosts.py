@@ -72,8 +72,8 @@ def test_tpu_vm_dry_run():
   assert lines[5].startswith(f'{ssh} --worker=all ') and 'ensure_environment launch/requirements/tpu.txt' in lines[5]
   unquoted = [line.replace('\\', '') for line in lines[6:]]
   assert unquoted == [
-    f'{ssh} --worker=all --command=cd latent_loop; nohup .venv/bin/python -u -m launch.train --cluster=tpu '
-    '--config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x >train.log 2>&1 </dev/null & sleep 1',
+    f'{ssh} --worker=all --command=cd latent_loop; nohup bash launch/keep_going.sh .venv/bin/python -u -m launch.train '
+    '--cluster=tpu --config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x >train.log 2>&1 </dev/null & sleep 1',
     f'{ssh} --worker=0 --command=tail -n +1 -F latent_loop/train.log',
   ]
 
@@ -93,8 +93,78 @@ def test_slurm_dry_run():
     "bash -c 'source launch/env.sh; ensure_environment launch/requirements/cuda.txt'",
     'srun --label --wait=60 python -u -m launch.train --cluster=slurm --config=experiments/huginn_1b.py '
     '--workdir=runs/x',
-    'scontrol requeue $SLURM_JOB_ID  # after exit code 10 or 14',
+    'scontrol requeue $SLURM_JOB_ID  # after exit code 10, 12 or 14',
   ]
+
+
+def test_slurm_gives_the_end_of_the_job_as_a_time_limit():
+  ends = {**ENV, 'SLURM_JOB_END_TIME': str(int(time.time()) + 90 * 60)}
+  command = ['bash', 'launch/slurm.sh', '--dry_run', '--config=a.py']
+  result = subprocess.run(command, cwd=ROOT, env=ends, capture_output=True, text=True)
+  minutes = int(re.search(r'--cluster=slurm --time_limit=(\d+) --config=a.py', result.stdout).group(1))
+  assert minutes in (84, 85), 'five minutes ahead'
+
+
+GKE = '--name=pod --image=i:1 --accelerator=tpu-v5p-slice --topology=4x4x4 --hosts=16 --chips=4 --claim=r'.split()
+ALL_CODES = {value for value in vars(exit_codes).values() if isinstance(value, int)}
+
+
+def test_gke_starts_again_after_the_codes_that_a_wrapper_resumes_on():
+  manifest = bash('launch/gke/jobset.sh', '--dry_run', *GKE, '--', '--x').stdout
+  final = {int(code) for code in re.search(r'values: \[(.*)\]', manifest).group(1).split(',')}
+  assert final == ALL_CODES - {exit_codes.DONE} - set(exit_codes.RESUME)
+
+
+FAKE = """
+import pathlib, signal, os, sys, time
+codes = pathlib.Path(sys.argv[1])
+code, *rest = codes.read_text().split()
+codes.write_text(' '.join(rest))
+print('ran', flush=True)
+if code == 'wait':
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(10))
+  print('waiting', flush=True)
+  time.sleep(60)
+os.kill(os.getpid(), signal.SIGKILL) if code == 'killed' else sys.exit(int(code))
+"""
+
+
+def keep_going(folder: Path, codes: str, **settings) -> subprocess.Popen:
+  (folder / 'codes').write_text(codes)
+  command = ['bash', 'launch/keep_going.sh', sys.executable, '-ISc', FAKE, str(folder / 'codes')]
+  env = {**ENV, 'PAUSE': '0', **settings}
+  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+  'codes, runs, last',
+  [(f'10 12 14 killed {code} 7', 5, code) for code in sorted(ALL_CODES - set(exit_codes.RESUME))],
+)
+def test_keep_going_resumes_on_10_12_14_and_signals_and_stops_on_the_rest(tmp_path, codes, runs, last):
+  process = keep_going(tmp_path, codes)
+  out, _ = process.communicate(timeout=30)
+  assert (out.count('ran'), process.returncode) == (runs, last)
+
+
+def test_keep_going_gives_up_on_a_run_that_makes_no_headway(tmp_path):
+  process = keep_going(tmp_path, '14 14 14 14', TRIES='3')
+  out, error = process.communicate(timeout=30)
+  assert (out.count('ran'), process.returncode) == (3, 14) and 'short try number 3 in a row' in error
+
+
+def test_keep_going_passes_a_signal_on_and_does_not_start_again(tmp_path):
+  process = keep_going(tmp_path, 'wait 0')
+  for line in process.stdout:
+    if 'waiting' in line:
+      break
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=30)
+  assert process.returncode == 10 and 'ran' not in out
+
+
+def test_exit_codes_are_those_of_the_documented_table():
+  rows = re.findall(r'^\| (\d+) \|', (ROOT / 'launch/README.md').read_text(), flags=re.MULTILINE)
+  assert [int(row) for row in rows] == sorted(ALL_CODES)
 
 
 def test_gke_dry_run():

@@ -26,17 +26,6 @@ COLUMNS = (
 )
 
 
-def read_curve(path: Path) -> list[dict[str, Any]]:
-  """The logged steps of metrics.jsonl; a half-written last line is passed over."""
-  records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return records
-
-
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
   """Writes depth_report.{html,png,json} and returns their paths."""
   figure = _draw(numbers, curve)
