@@ -62,8 +62,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   init, specs = make_sharded_state(config, model, optimizer, mesh)
   open_workdir(workdir, config)
   checkpoints = Checkpoints(workdir, config.checkpoint)
-  step = checkpoints.latest_step()
-  state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint)
+  start, state = checkpoints.restore_newest(jax.eval_shape(init), specs, fingerprint) or (0, init())
   return Run(
     config=config,
     workdir=workdir,
@@ -75,7 +74,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     evaluator=trained.make_evaluator(config, model, mesh, source, depth_eval.default_depths(config.depth.mean)),
     checkpoints=checkpoints,
     state=state,
-    start=step or 0,
+    start=start,
     fingerprint=fingerprint,
     began=began,
   )
@@ -118,6 +117,7 @@ def run(
       if saving:
         save(this, step + 1)
       if stopping and not last:
+        this.checkpoints.wait()
         say(f'stopped at step {step + 1}, saved; start the same command again to continue')
         return PREEMPTED
       if (step + 1) % config.eval.every_steps == 0 and not last:
