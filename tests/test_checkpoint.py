@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from latent_loop.checkpoint import Checkpoints, content, manifest
+from latent_loop.checkpoint import Checkpoints, content, inspect, manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput, SaveFailed
 from tests.tiny import assert_same_bits, mesh_of
@@ -101,7 +101,7 @@ def test_damage_to_any_file_is_named_and_the_step_before_is_used(saved, tmp_path
     workdir, name = tmp_path / 'copy', file.relative_to(saved / 'checkpoints/3').as_posix()
     shutil.copytree(saved, workdir)
     damage(workdir / 'checkpoints/3' / name, int(rng.integers(2**20)))
-    assert newest(workdir)[0] == 2, name
+    assert newest(workdir, fsdp=1)[0] == 2, name
     assert re.search(rf'/checkpoints/3: damaged: (no )?{re.escape(name)}[ ;]', capsys.readouterr().err), name
     assert names_of(workdir / 'checkpoints') == {'1', '2', 'set_aside'}
     assert names_of(workdir / 'checkpoints/set_aside') == {'3-0'}
@@ -301,3 +301,42 @@ def test_an_old_step_goes_only_when_a_newer_one_has_its_manifest(tmp_path, monke
   save(tmp_path, 1, 2, 3, 4, 5, cfg=CheckpointConfig(keep_last=1, keep_every_steps=2))
   assert there == [set(), {1}, {2}, {2, 3}, {2, 4}]
   assert names_of(tmp_path / 'checkpoints') == {'2', '4', '5'}
+
+
+# --- a person looks ------------------------------------------------------------------------------------
+
+
+def test_list_names_every_step_with_its_health(copy):
+  delete(copy / 'checkpoints/2/state/manifest.ocdbt', 0)
+  flip(copy / 'checkpoints/1/_CHECKPOINT_METADATA', 9)
+  (copy / 'checkpoints/4.unfinished').touch()
+  (copy / 'checkpoints/set_aside').mkdir()
+  (copy / 'checkpoints/3').rename(copy / 'checkpoints/set_aside/3-0')
+  lines = '\n'.join(inspect.table(copy))
+  assert re.search(r'^ +1 +\d\.\d +4  whole$', lines, re.MULTILINE), 'a look at sizes alone'
+  assert re.search('2 +damaged: state/manifest.ocdbt is missing', lines)
+  assert re.search('4 +unfinished', lines) and 'set aside: ' in lines
+
+
+def test_verify_reads_everything_and_names_what_is_damaged(copy):
+  assert [line.split(':')[1] for line in inspect.verify(copy, [])] == [' good'] * 3
+  swapped_arrays(copy / 'checkpoints')
+  assert list(inspect.verify(copy, [1, 2]))[1].startswith('step 2: good')
+  with pytest.raises(BadInput, match='checkpoints/3: damaged: array params/a does not hold what was saved'):
+    list(inspect.verify(copy, []))
+  with pytest.raises(BadInput, match='checkpoints/7: no such checkpoint'):
+    list(inspect.verify(copy, [7]))
+
+
+def test_diff_names_what_differs_and_how_much(saved, tmp_path):
+  state, _ = state_at(3)
+  state['params']['a'] = state['params']['a'].at[5, 1].add(0.25)
+  with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+    checkpoints.save(8, state, {**ABOUT, 'config': {'seed': 1}})
+  lines = list(inspect.differences((saved, None), (tmp_path, None)))
+  assert lines[1:] == [
+    'config.seed: 0 in a, 1 in b',
+    'params/a: 1 of 48 elements differ, by at most 0.25',
+    '1 of 4 arrays hold something else',
+  ]
+  assert len(list(inspect.differences((saved, 2), (saved, 3)))) == 6

@@ -568,3 +568,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
   """Step 6 is a save step: its loss must be looked at before."""
   assert start(tmp_path / 'run', spoil=5) == loop.NON_FINITE
   assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['3']
+
+
+def test_a_save_comes_before_the_evaluation_of_its_step(tmp_path, monkeypatch):
+  """An evaluation that runs out of memory must not cost the steps before it."""
+  monkeypatch.setitem(RUN, 'eval.every_steps', 3)
+  monkeypatch.setattr(loop, 'evaluate', lambda *args: kill())
+  assert start(tmp_path / 'run') is None
+  assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['3']

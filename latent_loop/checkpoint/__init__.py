@@ -76,8 +76,8 @@ class Checkpoints:
     older = [s for s in self.folder.steps() if s != step]
     rest = f'the step before it, {older[-1]}, is as it was' if older else 'there is no step before it'
     return SaveFailed(
-      f'{self.folder / step}: this checkpoint could not be saved ({_short(error)}); {rest}. Make room or repair the '
-      'disk, then start the same command again'
+      f'{self.folder / step}: this checkpoint could not be saved ({manifest.short(error)}); {rest}. Make room or '
+      'repair the disk, then start the same command again'
     )
 
   def restore_newest(
@@ -121,8 +121,10 @@ class Checkpoints:
           except Damaged as error:
             self._skip(step, error, skipped)
       except OSError as error:
-        found['refused'] = f'{self.folder.path}: cannot be read ({_short(error)}); repair the disk or its rights'
-      if found['step'] is None and not found['refused'] and (skipped or self.folder.has_set_aside()):
+        found['refused'] = (
+          f'{self.folder.path}: cannot be read ({manifest.short(error)}); repair the disk or its rights'
+        )
+      if found['step'] is None and not found['refused'] and (skipped or self.folder.list_set_aside()):
         found['refused'] = (
           f'{self.folder.path}: no checkpoint there is good, and a run is never started over; repair one of those in '
           f'{self.folder.set_aside_path.name}/ and move it back, or give another --workdir'
@@ -172,7 +174,7 @@ class Checkpoints:
     try:
       state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes, specs))
     except _FAULTS as error:
-      raise Damaged(f'its arrays cannot be read ({_short(error)})') from error
+      raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
     compiling.result()
     arrays = part(state)
     manifest.check_arrays(saved, content.finish(list(arrays), content.start(arrays)))
@@ -223,7 +225,3 @@ def _from_process_0(value: Any) -> Any:
 def _anywhere(here: bool) -> bool:
   """Whether it is so on any process."""
   return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).any())
-
-
-def _short(error: BaseException) -> str:
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'

@@ -30,6 +30,11 @@ class Folder:
     found = [int(name) for name in names if name.isdecimal() and name == str(int(name))]
     return sorted(s for s in found if f'{s}{_MARK}' not in names or self._has_manifest(s))
 
+  def unfinished(self) -> list[int]:
+    """Every step that a save works on, or was killed at."""
+    names = [path.name.removesuffix(_MARK) for path in self.path.glob(f'*{_MARK}')] if self.path.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal() and not self._has_manifest(name))
+
   def _has_manifest(self, step: int | str) -> bool:
     return (self / step / manifest.NAME).exists()
 
@@ -60,13 +65,13 @@ class Folder:
   def set_aside(self, step: int) -> epath.Path:
     """Moves a damaged step out of the way, where it can be looked at; returns the place."""
     self.set_aside_path.mkdir(exist_ok=True)
-    taken = {path.name for path in self.set_aside_path.iterdir()}
+    taken = {path.name for path in self.list_set_aside()}
     name = next(name for i in range(len(taken) + 1) if (name := f'{step}-{i}') not in taken)
     (self / step).rename(self.set_aside_path / name)
     return self.set_aside_path / name
 
-  def has_set_aside(self) -> bool:
-    return self.set_aside_path.exists() and any(self.set_aside_path.iterdir())
+  def list_set_aside(self) -> list[epath.Path]:
+    return sorted(self.set_aside_path.iterdir()) if self.set_aside_path.exists() else []
 
   def delete_old(self, cfg: CheckpointConfig, newest: int) -> None:
     """Deletes what `cfg` does not keep, once `newest` has its manifest; damaged steps stay for the next start."""

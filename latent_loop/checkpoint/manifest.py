@@ -99,14 +99,19 @@ def _check(body: dict[str, Any], step: int) -> Manifest:
   return Manifest(step, body['about'], body['arrays'], body['files'])
 
 
-def check_files(folder: epath.Path, manifest: Manifest) -> None:
-  """Raises Damaged, naming the first file that is absent, truncated or altered. Extra files do no harm."""
-  for name, (size, _) in manifest.files.items():  # first, since it is fast
+def check_sizes(folder: epath.Path, manifest: Manifest) -> None:
+  """The part of `check_files` that opens no file."""
+  for name, (size, _) in manifest.files.items():
     path = folder / name
     if not path.exists():
       raise Damaged(f'{name} is missing')
     if path.stat().length != size:
       raise Damaged(f'{name} has {path.stat().length} bytes; {size} were saved')
+
+
+def check_files(folder: epath.Path, manifest: Manifest) -> None:
+  """Raises Damaged, naming the first file that is absent, truncated or altered. Extra files do no harm."""
+  check_sizes(folder, manifest)
   with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
     found = pool.map(lambda name: _hash(folder / name), manifest.files)
     for (name, wanted), got in zip(manifest.files.items(), found, strict=True):
@@ -141,3 +146,8 @@ def _hash(path: epath.Path) -> list:
       digest.update(chunk)
       size += len(chunk)
   return [size, digest.hexdigest()]
+
+
+def short(error: BaseException) -> str:
+  """An error of a library as part of a sentence."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
