@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, not the program"."""
+"""The exceptions that are no bug of ours, each with an exit code of its own."""
 
 
 class BadInput(ValueError):
@@ -7,3 +7,7 @@ class BadInput(ValueError):
   The message is one sentence or two with the path, the value, the rule and the remedy. The programs
   in launch/ print it and end with exit code 2; anything else that escapes is a bug (exit code 1).
   """
+
+
+class SaveFailed(RuntimeError):
+  """A checkpoint could not be written: a full disk, a lost connection. One sentence or two; exit code 13."""

@@ -63,8 +63,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   init, specs = make_sharded_state(config, model, optimizer, mesh)
   open_workdir(workdir, config)
   checkpoints = Checkpoints(workdir, config.checkpoint)
-  step = checkpoints.latest_step()
-  state = init() if step is None else checkpoints.restore(step, jax.eval_shape(init), specs, data_fingerprint)
+  start, state = checkpoints.restore_newest(jax.eval_shape(init), specs, data_fingerprint) or (0, init())
   return Run(
     config=config,
     workdir=workdir,
@@ -76,8 +75,8 @@ def prepare(config: Config, workdir: Path) -> Run:
     evaluator=trained.make_evaluator(config, model, mesh, source, depth_eval.default_depths(config.depth.mean)),
     checkpoints=checkpoints,
     state=state,
-    start=step or 0,
-    evaluations=past_evaluations(workdir, step or 0),
+    start=start,
+    evaluations=past_evaluations(workdir, start),
     fingerprint=data_fingerprint,
     began=began,
   )
@@ -154,6 +153,7 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   if saving:
     save(this, step)
   if stopping and not last:
+    this.checkpoints.wait()
     say(f'stopped at step {step}, saved; start the same command again to continue')
     return PREEMPTED
   if step % this.config.eval.every_steps == 0 and not last:

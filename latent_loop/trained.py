@@ -53,10 +53,10 @@ def load(workdir: Path) -> Trained:
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
   with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-    step = checkpoints.latest_step()
-    if step is None:
-      raise BadInput(f'{checkpoints.directory}: no checkpoint yet; train for at least one save interval first')
-    state = checkpoints.restore(step, jax.eval_shape(init), specs, fingerprint=None, only=('params', 'ema'))
+    found = checkpoints.restore_newest(jax.eval_shape(init), specs, fingerprint=None, only=('params', 'ema'))
+  if found is None:
+    raise BadInput(f'{checkpoints.folder.path}: no checkpoint yet; train for at least one save interval first')
+  step, state = found
   return Trained(config, model, state.averaged_params, mesh, step)
 
 

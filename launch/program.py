@@ -9,13 +9,14 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from latent_loop.exit_codes import BAD_INPUT, BUG
+from latent_loop.exit_codes import BAD_INPUT, BUG, SAVE_FAILED
 
 
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   """Parses flags and ends the process with the exit code of main(), or of main(verb) for a program with verbs.
 
-  Bad flags, config keys and BadInput: a sentence and code 2. Anything else unforeseen: a traceback and 1.
+  Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13. Anything else
+  unforeseen: a traceback and 1.
   """
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 
@@ -66,12 +67,14 @@ def _sets_none(arg: str) -> bool:
 
 def _guard(main: Callable[[], int]) -> tuple[int, str]:
   """(exit code, what to say on stderr) of main()."""
-  from latent_loop.errors import BadInput
+  from latent_loop.errors import BadInput, SaveFailed
 
   try:
     return main(), ''
   except BadInput as error:
     return BAD_INPUT, f'error: {error}'
+  except SaveFailed as error:
+    return SAVE_FAILED, f'error: {error}'
   except Exception:  # the one place: an unforeseen error must still leave with its own exit code
     return BUG, traceback.format_exc()
 

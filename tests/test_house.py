@@ -75,7 +75,7 @@ def test_imports_go_down(path):
 def test_libraries_stay_in_their_rooms():
   rules = {
     'flax': 'latent_loop/model/',
-    'orbax': 'latent_loop/checkpoint.py',
+    'orbax': 'latent_loop/checkpoint/',
     'grain': 'latent_loop/data/',
     'absl': 'launch/',
     'matplotlib': 'latent_loop/report/',

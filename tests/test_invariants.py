@@ -560,3 +560,11 @@ def test_resuming_equals_never_stopping(tmp_path):
   assert_same_bits(ends[0].state, ends[1].state)
   for end in ends:
     end.checkpoints.close()
+
+
+def test_a_save_comes_before_the_evaluation_of_its_step(tmp_path, monkeypatch):
+  """An evaluation that runs out of memory must not cost the steps before it."""
+  monkeypatch.setitem(RUN, 'eval.every_steps', 3)
+  monkeypatch.setattr(loop, 'evaluate', lambda *args: kill())
+  assert start(tmp_path / 'run') is None
+  assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['3']
