@@ -67,7 +67,7 @@ class LoopedLM(nnx.Module):
     """What the coda reads of a state: the final norm (the reference's), or Parcae's projection C."""
     if self.core_exit is None:
       return self.final_norm(s_BTD)
-    return self.core_exit('XC,CD->XD', s_BTD)
+    return self.core_exit(s_BTD)
 
   def apply_coda(self, s_BTD: jax.Array, rows: Rows) -> jax.Array:
     """The coda's output under the final norm, ready for `scores`. The norm's scale serves twice."""
