@@ -63,6 +63,13 @@ def test_batches_are_a_pure_function_of_seed_and_step(text):
   assert len(set(hashes)) == 5
 
 
+def test_a_batch_hash_is_that_of_the_global_batch_on_every_host(text):
+  of = lambda seed, mine: Batches(text.rows('train'), seed, 8, mine)
+  hashes = [of(0, range(8)).hash(step) for step in range(4)]
+  assert len(set(hashes)) == 4 and [of(0, [5]).hash(step) for step in range(4)] == hashes
+  assert of(1, range(8)).hash(0) != hashes[0]
+
+
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_hosts_see_the_same_global_order(text, hosts):
   whole = Batches(text.rows('train'), 0, 8).batch(3).tokens_BT

@@ -350,6 +350,7 @@ def test_two_processes_train_as_one(tmp_path):
   assert {p.name for p in (tmp_path / 'two').iterdir()} == {p.name for p in (tmp_path / 'one').iterdir()}
   one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
   assert [r['step'] for r in two] == [1, 2, 3, 4, 5]
+  assert [r['batch_hash'] for r in two] == [r['batch_hash'] for r in one], 'of the global batch, whoever builds it'
   np.testing.assert_allclose(two[0]['loss'], one[0]['loss'], rtol=1e-6)
   np.testing.assert_allclose([r['loss'] for r in two], [r['loss'] for r in one], rtol=1e-5)
   error, worst = worst_relative(first_gradients(tmp_path / 'two'), first_gradients(tmp_path / 'one'))
