@@ -1,9 +1,11 @@
 """Averages that add up, and the writers of metrics: JSON lines always, others when asked for."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_loop.config import LogConfig
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, SaveFailed
 
 
 @jax.tree_util.register_dataclass
@@ -49,14 +51,26 @@ class JsonLines:
       kept = [line for line in lines if _step_of(line) <= keep_through]
       if len(kept) != len(lines):
         path.write_text(''.join(kept))
-    self._file = path.open('a')
+    self._path, self._file = path, path.open('a')
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    self._file.write(json.dumps(finite({'step': step, **values})) + '\n')
-    self._file.flush()
+    """Raises SaveFailed, most often of a full disk."""
+    with self._full_disk_in_words():
+      self._file.write(json.dumps(finite({'step': step, **values})) + '\n')
+      self._file.flush()
 
   def close(self) -> None:
-    self._file.close()
+    with self._full_disk_in_words():
+      self._file.close()
+
+  @contextlib.contextmanager
+  def _full_disk_in_words(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise SaveFailed(
+        f'{self._path}: cannot be written ({error}); make room or repair the disk, then start the same command again'
+      ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def _parse(argv: list[str]) -> list[str]:
   except Exception as error:  # an experiment file is a program of the user's: whatever it raises is bad input
     _refuse(f'--config: the experiment file does not run ({type(error).__name__}: {_one_line(error)}); correct it')
   if flags.FLAGS['verbosity'].using_default_value:
-    logging.set_verbosity(logging.ERROR)  # the libraries' chatter; --verbosity=0 brings it back
+    logging.set_verbosity(logging.FATAL)  # the libraries' chatter and tracebacks; --verbosity=0 brings them back
   return rest
 
 

@@ -1,11 +1,16 @@
 """A damaged checkpoint is named and never used; the newest good one is; nothing is ever started over."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,9 +20,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from latent_loop import loop
+from latent_loop.chaos import corrupt
 from latent_loop.checkpoint import Checkpoints, content, inspect, manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput, SaveFailed
+from latent_loop.sealing import to_json
+from tests.reading_path import ROOT
 from tests.tiny import assert_same_bits, mesh_of
 
 KEEP_ALL = CheckpointConfig(keep_last=9)
@@ -340,3 +349,46 @@ def test_diff_names_what_differs_and_how_much(saved, tmp_path):
     '1 of 4 arrays hold something else',
   ]
   assert len(list(inspect.differences((saved, 2), (saved, 3)))) == 6
+
+
+# --- real processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_corrupting_by_the_dozen(tmp_path, monkeypatch):
+  """launch.chaos corrupt, each kind of accident once or twice."""
+  monkeypatch.setattr(loop, 'finish', lambda this: None)  # the report takes a while
+  said = []
+  result = corrupt.corrupt(len(corrupt.KINDS) + 4, 0, tmp_path, said.append)
+  assert result['ok'] and result['detected'] == result['corruptions'] and not said, said
+  missing = {kind.__name__ for kind in corrupt.KINDS} - set(result['kinds'])
+  assert not missing or result['harmless'], missing
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_exit_code_13_and_a_sentence(tmp_path):
+  """In the middle of a run, no file may grow beyond 64 KiB any more: a save meets that, its files are larger."""
+  small = corrupt.small_config()
+  config = dataclasses.replace(
+    small,
+    train=dataclasses.replace(small.train, num_steps=100_000),
+    checkpoint=CheckpointConfig(every_steps=50, keep_last=10_000),
+    log=dataclasses.replace(small.log, every_steps=1000),
+  )
+  (tmp_path / 'long.py').write_text(
+    'from latent_loop.sealing import from_json, view\n'
+    f'def get_config():\n  return view(from_json({to_json(config)!r}, ""))\n'
+  )
+  command = [sys.executable, '-m', 'launch.train', f'--config={tmp_path}/long.py', f'--workdir={tmp_path}/run']
+  env = {**os.environ, 'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')}
+  process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  first = tmp_path / 'run/checkpoints/50' / manifest.NAME
+  while not first.exists():
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.02)
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
+  _, words = process.communicate(timeout=60)
+  assert process.returncode == 13, words
+  assert 'this checkpoint could not be saved' in words and 'is as it was' in words and 'Traceback' not in words
+  good = list(inspect.verify(tmp_path / 'run', []))
+  assert good and all(': good: ' in line for line in good)

@@ -1,6 +1,7 @@
 """Runs of many processes: where each sits, what the launchers would do, and real pairs of processes."""
 
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from latent_loop.checkpoint import Checkpoints
 from latent_loop.errors import BadInput
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
-from latent_loop.sealing import from_json, to_json
+from latent_loop.sealing import from_json, seal, to_json
 from latent_loop.step import make_sharded_state
 from launch import hosts
 from tests.tiny import leaves_by_path, mesh_of, random_batch, tiny_config, worst_relative
@@ -355,6 +356,26 @@ def test_two_processes_train_as_one(tmp_path):
   np.testing.assert_allclose([r['loss'] for r in two], [r['loss'] for r in one], rtol=1e-5)
   error, worst = worst_relative(first_gradients(tmp_path / 'two'), first_gradients(tmp_path / 'one'))
   assert error < 1e-5, (error, worst)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_step_before_a_damaged_one(tmp_path, monkeypatch):
+  """What process 0 finds, both use; and the run of one process on 8 devices goes on with two of one."""
+  spec = importlib.util.spec_from_file_location('small_run', small_run(tmp_path))
+  experiment = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(experiment)
+  monkeypatch.setattr(loop, 'finish', lambda this: None)  # the report takes a while
+  assert loop.run(seal(experiment.get_config()), tmp_path / 'run') == loop.DONE
+  whole = metrics(tmp_path / 'run')
+  data = next((tmp_path / 'run/checkpoints/5/state/d').iterdir())
+  data.write_bytes(data.read_bytes()[:-1] + b'?')
+  where = (f'--config={tmp_path}/small_run.py', f'--workdir={tmp_path}/run')
+  result = bash('launch/local_hosts.sh', '2', '1', *where)
+  said = result.stdout + result.stderr
+  assert result.returncode == 0, said
+  assert said.count('checkpoints/5: damaged: state/d/') == 1 and 'continuing at step 4 of 5' in said
+  assert [r['step'] for r in metrics(tmp_path / 'run')] == [1, 2, 3, 4, 5]
+  np.testing.assert_allclose(metrics(tmp_path / 'run')[4]['loss'], whole[4]['loss'], rtol=1e-6)
 
 
 class Pair:
