@@ -13,6 +13,7 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.kernels.choice import choose_attention
+from latent_loop.kernels.product import product
 from latent_loop.kernels.splash import splash
 from latent_loop.model import initializers
 from latent_loop.parallel.sharding import on_own_rows, target_platform
@@ -56,11 +57,11 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   """
   half = x_BTNH.shape[-1] // 2
   frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles_BT1H = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None]
+  angles_BT11H = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, None]
   x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, half)
-  signed_sin = jnp.stack([-jnp.sin(angles_BT1H), jnp.sin(angles_BT1H)], axis=-2)
   # Pairs swapped by a reversal: on a CPU, joining two halves takes several times as long.
-  y_BTN2H = x_BTN2H * jnp.cos(angles_BT1H)[..., None, :] + x_BTN2H[..., ::-1, :] * signed_sin
+  turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])
+  y_BTN2H = x_BTN2H * jnp.cos(angles_BT11H) + turned_BTN2H * jnp.sin(angles_BT11H)
   return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
@@ -97,28 +98,8 @@ def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, row
   return jnp.einsum('BNTS,BNSH->BNTH', weights.astype(v_BTNH.dtype), v_BNTH).swapaxes(1, 2)
 
 
-@jax.custom_vjp
-def product(x_XC: jax.Array, w_CY: jax.Array) -> jax.Array:
-  """x @ w. On a CPU, XLA contracts the first axes of two matrices, as a weight's gradient does, at half its speed."""
-  return x_XC @ w_CY
-
-
-def _product_backward(kept: tuple[jax.Array, jax.Array], dy_XY: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_XC, w_CY = kept
-  x_CX = x_XC.T
-  if target_platform() == 'cpu':
-    x_CX = jax.lax.optimization_barrier(x_CX)  # a transpose of its own: the compiler would fold it into the product
-  return dy_XY @ w_CY.T, x_CX @ dy_XY
-
-
-product.defvjp(lambda x_XC, w_CY: (product(x_XC, w_CY), (x_XC, w_CY)), _product_backward)
-
-
 class Projection(nnx.Module):
-  """A linear map without bias, of the last `num_in` axes of its input, over all tokens as one axis X.
-
-  With batch and position apart, the backward pass of an MLP takes 1.7 times as long on a CPU (experiments/LOG.md).
-  """
+  """A linear map without bias, of the last `num_in` axes of its input, over all tokens as one axis X."""
 
   def __init__(self, shape: tuple[int, ...], init: initializers.Init, key: jax.Array, num_in: int = 1):
     self.kernel = nnx.Param(init(key, shape))
@@ -126,9 +107,8 @@ class Projection(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     B, T, *_ = x.shape
-    kernel = self.kernel[...]
-    inner, outer = kernel.shape[: self.num_in], kernel.shape[self.num_in :]
-    y = product(x.reshape(B * T, math.prod(inner)), kernel.reshape(math.prod(inner), math.prod(outer)))
+    kernel, outer = self.kernel[...], self.kernel.shape[self.num_in :]
+    y = product(x.reshape(B * T, -1), kernel.reshape(-1, math.prod(outer)), target_platform())
     return y.reshape(B, T, *outer)
 
 
