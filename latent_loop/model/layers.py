@@ -60,7 +60,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   angles_BT11H = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, None]
   x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, half)
   # Pairs swapped by a reversal: on a CPU, joining two halves takes several times as long.
-  turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])
+  turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])[None, None, None]
   y_BTN2H = x_BTN2H * jnp.cos(angles_BT11H) + turned_BTN2H * jnp.sin(angles_BT11H)
   return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
