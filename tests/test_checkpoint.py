@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -179,6 +180,17 @@ def test_what_no_hash_of_a_file_shows_is_named_as_well(copy, damage, capsys):
   assert words in capsys.readouterr().err
 
 
+def test_any_bit_of_a_manifest_counts(copy):
+  path = copy / 'checkpoints/3' / manifest.NAME
+  whole = path.read_bytes()
+  for bit in range(0, 8 * len(whole), 37):
+    flip(path, bit)
+    with pytest.raises(manifest.Damaged):
+      manifest.read(epath.Path(path.parent), 3)
+    path.write_bytes(whole)
+  manifest.read(epath.Path(path.parent), 3)
+
+
 def test_none_good_is_bad_input_now_and_at_the_next_start(copy):
   for step in '123':
     flip(next((copy / 'checkpoints' / step / 'state').glob('d/*'), copy / 'checkpoints' / step / manifest.NAME), 99)
@@ -194,6 +206,12 @@ def test_a_reader_uses_the_newest_good_one_and_moves_nothing(copy, capsys):
   assert newest(copy, read_only=True)[0] == 2
   assert '3: damaged: state/manifest.ocdbt is altered' in capsys.readouterr().err
   assert {path: path.read_bytes() for path in files_of(copy)} == before
+
+
+def test_a_reader_passes_over_a_save_under_way_without_a_word(copy, capsys):
+  (copy / 'checkpoints/3.unfinished').touch()
+  (copy / 'checkpoints/3' / manifest.NAME).unlink()
+  assert newest(copy, read_only=True)[0] == 2 and not capsys.readouterr().err
 
 
 def test_a_save_that_was_killed_is_no_evidence_of_a_checkpoint(tmp_path):
@@ -316,14 +334,14 @@ def test_an_old_step_goes_only_when_a_newer_one_has_its_manifest(tmp_path, monke
 
 
 def test_list_names_every_step_with_its_health(copy):
-  delete(copy / 'checkpoints/2/state/manifest.ocdbt', 0)
+  truncate(copy / 'checkpoints/2/state/manifest.ocdbt', 7)
   flip(copy / 'checkpoints/1/_CHECKPOINT_METADATA', 9)
   (copy / 'checkpoints/4.unfinished').touch()
   (copy / 'checkpoints/set_aside').mkdir()
   (copy / 'checkpoints/3').rename(copy / 'checkpoints/set_aside/3-0')
   lines = '\n'.join(inspect.table(copy))
   assert re.search(r'^ +1 +\d\.\d +4  whole$', lines, re.MULTILINE), 'a look at sizes alone'
-  assert re.search('2 +damaged: state/manifest.ocdbt is missing', lines)
+  assert re.search('2 +damaged: state/manifest.ocdbt has 7 bytes', lines)
   assert re.search('4 +unfinished', lines) and 'set aside: ' in lines
 
 
