@@ -25,7 +25,7 @@ from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.parallel.sharding import path_of
 
 # What Orbax raises when it cannot read or write.
-_FAULTS = (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeError)
+FAULTS = (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeError)
 
 
 class Checkpoints:
@@ -48,7 +48,7 @@ class Checkpoints:
         self.folder.begin(step)
       names, sums = list(named(state)), content.start(state)
       response = ocp.save_async(str(self.folder / step), state)
-    except _FAULTS as error:
+    except FAULTS as error:
       raise self._failure(step, error) from error
     arrays = describe(state)
 
@@ -69,7 +69,7 @@ class Checkpoints:
       (step, future), self._saving = self._saving, None
       try:
         future.result()
-      except _FAULTS as error:
+      except FAULTS as error:
         raise self._failure(step, error) from error
 
   def _failure(self, step: int, error: BaseException) -> SaveFailed:
@@ -173,7 +173,7 @@ class Checkpoints:
 
     try:
       state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes, specs))
-    except _FAULTS as error:
+    except FAULTS as error:
       raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
     compiling.result()
     arrays = part(state)

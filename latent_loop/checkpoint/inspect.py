@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from latent_loop.checkpoint import content, manifest
+from latent_loop.checkpoint import FAULTS, content, manifest
 from latent_loop.checkpoint.folder import Folder
 from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.errors import BadInput
@@ -103,7 +103,7 @@ def _load(path: epath.Path, names: set[str]) -> dict[str, jax.Array]:
   try:
     shapes = ocp.metadata(str(path)).metadata
     state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes))
-  except (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeError) as error:
+  except FAULTS as error:
     raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
   loaded = {name: leaf for name, leaf in content.named(state).items() if name in names}
   if loaded.keys() != names:

@@ -10,7 +10,7 @@ def product(x_XC: jax.Array, w_CY: jax.Array, platform: str) -> jax.Array:
   """x @ w, for a program that runs on `platform` ('cpu', 'gpu' or 'tpu').
 
   The weight's gradient contracts the first axes of two matrices, which XLA does at half its speed on a CPU
-  (experiments/LOG.md). All tokens are one axis X: with batch and position apart, it is slower still.
+  (experiments/LOG.md).
   """
   return x_XC @ w_CY
 

@@ -59,7 +59,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles_BT11H = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, None]
   x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, half)
-  # Pairs swapped by a reversal: on a CPU, joining two halves takes several times as long.
+  # Pairs swapped by a reversal: joining two halves was slow on a CPU (experiments/LOG.md).
   turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])[None, None, None]
   y_BTN2H = x_BTN2H * jnp.cos(angles_BT11H) + turned_BTN2H * jnp.sin(angles_BT11H)
   return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

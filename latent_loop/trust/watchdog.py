@@ -15,12 +15,7 @@ from latent_loop.config import GuardConfig
 from latent_loop.exit_codes import HANG
 
 TURN_SECS = 1.0
-STEP = (
-  'data',
-  'dispatch',
-  'device',
-  'peers',
-)  # phases of a step; all others ('save', ...) are waited for by themselves
+STEP = ('data', 'dispatch', 'device', 'peers')  # phases of a step; any other is waited for by itself
 ENOUGH = 8  # steps, before the fit is believed
 _FORGET = 0.99  # what a step counts for, one step later
 
