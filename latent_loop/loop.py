@@ -109,8 +109,7 @@ def run(
       return DONE
     key = jax.random.key(config.seed)
     with attended(this, watch, group, profile_steps) as (logger, profiler), StopRequest(deadline) as stop:
-      code = make_up_for_an_evaluation(this, logger, watch)
-      if code is not None:
+      if (code := make_up_for_an_evaluation(this, logger, watch)) is not None:
         return code
       for step in range(this.start, config.train.num_steps):
         profiler.before(step)
@@ -121,8 +120,7 @@ def run(
         watch.phase('device')
         logger.take(step + 1, metrics, wait_secs)
         watch.phase('peers')
-        code = after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))
-        if code is not None:
+        if (code := after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))) is not None:
           return code
     watch.phase('report')
     finish(this)
