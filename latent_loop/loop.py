@@ -109,6 +109,8 @@ def run(
       return DONE
     key = jax.random.key(config.seed)
     with attended(this, watch, group, profile_steps) as (logger, profiler), StopRequest(deadline) as stop:
+      if (code := make_up_for_an_evaluation(this, logger, watch)) is not None:
+        return code
       for step in range(this.start, config.train.num_steps):
         profiler.before(step)
         watch.phase('data')
@@ -118,8 +120,7 @@ def run(
         watch.phase('device')
         logger.take(step + 1, metrics, wait_secs)
         watch.phase('peers')
-        code = after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))
-        if code is not None:
+        if (code := after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))) is not None:
           return code
     watch.phase('report')
     finish(this)
@@ -158,11 +159,24 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
     return PREEMPTED
   if step % this.config.eval.every_steps == 0 and not last:
     logger.flush()
-    watch.phase('evaluate')
-    this.evaluations.append(evaluate(this, step))
-    logger.restart_clock()
-    logger.alarms += alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len)
+    evaluate_on_the_way(this, step, logger, watch)
   return alarmed(this.config.guard, logger)
+
+
+def make_up_for_an_evaluation(this: Run, logger: Logger, watch: Watchdog) -> int | None:
+  """Evaluates the restored step when it was saved, and the run stopped, before its evaluation was."""
+  due = this.start and this.start % this.config.eval.every_steps == 0 and this.start < this.config.train.num_steps
+  if not due or any(numbers['step'] == this.start for numbers in this.evaluations):
+    return None
+  evaluate_on_the_way(this, this.start, logger, watch)
+  return alarmed(this.config.guard, logger)
+
+
+def evaluate_on_the_way(this: Run, step: int, logger: Logger, watch: Watchdog) -> None:
+  watch.phase('evaluate')
+  this.evaluations.append(evaluate(this, step))
+  logger.restart_clock()
+  logger.alarms += alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len)
 
 
 def alarmed(cfg: GuardConfig, logger: Logger) -> int | None:

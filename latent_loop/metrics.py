@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from latent_loop import textfile
 from latent_loop.config import LogConfig
 from latent_loop.errors import BadInput, SaveFailed
 
@@ -50,7 +51,7 @@ class JsonLines:
       lines = path.read_text().splitlines(keepends=True)
       kept = [line for line in lines if _step_of(line) <= keep_through]
       if len(kept) != len(lines):
-        path.write_text(''.join(kept))
+        textfile.write(path, ''.join(kept))
     self._path, self._file = path, path.open('a')
 
   def write(self, step: int, values: dict[str, Any]) -> None:

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
+from latent_loop import textfile
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.sealing import differences, fingerprint, from_json, to_json
@@ -19,6 +19,9 @@ SAFE = (
   'mesh.', 'depth.', 'log.', 'eval.', 'checkpoint.', 'guard.',
   'model.remat', 'model.attention', 'train.num_microbatches', 'train.loss_chunk',
 )  # fmt: skip
+
+# All that a process killed in its first moments may leave: config.json, which makes a folder that of a run, comes last.
+_FIRST_FILES = {'versions.json', f'versions.json{textfile.TEMPORARY}', f'config.json{textfile.TEMPORARY}'}
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
@@ -45,11 +48,11 @@ def _open(workdir: Path, config: Config) -> None:
     if path.exists():
       _check_owner(workdir, config)
       return
-    if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+    if workdir.is_file() or (workdir.is_dir() and {path.name for path in workdir.iterdir()} - _FIRST_FILES):
       raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
-    _write(path, to_json(config))
+    textfile.write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
+    textfile.write(path, to_json(config))
   except OSError as error:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
 
@@ -67,7 +70,7 @@ def update_config(workdir: Path, config: Config) -> list[str]:
   versions.json stays as it was: the versions that the run began with.
   """
   lines = [f'{key} was {a!r}, is now {b!r}' for key, (a, b) in differences(read_config(workdir), config).items()]
-  _write(workdir / 'config.json', to_json(config))
+  textfile.write(workdir / 'config.json', to_json(config))
   path = workdir / 'versions.json'
   then, now = json.loads(path.read_text())['packages'] if path.exists() else {}, versions(config)['packages']
   return lines + [f'{name} was {v}, is now {now[name]}' for name, v in then.items() if now.setdefault(name, v) != v]
@@ -93,10 +96,3 @@ def versions(config: Config) -> dict[str, object]:
     'platform': platform.platform(),
     'packages': dict(sorted(packages.items())),
   }
-
-
-def _write(path: Path, text: str) -> None:
-  """Whole or not at all: a killed process leaves the old file."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Tries what a run promises: python -m launch.chaos corrupt --count=200
+"""Tries what a run promises: python -m launch.chaos corrupt --count=200, or kill --kills=20
 
 Ends with one JSON line; exit code 0 only when it says "ok": true.
 """
@@ -6,24 +6,40 @@ Ends with one JSON line; exit code 0 only when it says "ok": true.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from launch import program
 
 _COUNT = flags.DEFINE_integer('count', 200, 'corrupt: how many accidents to checkpoints', lower_bound=1)
+_KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
+_CONFIG = program.define_config()  # kill: another run than the small one
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
 
 
 def main(verb: str) -> int:
-  from latent_loop.chaos import corrupt
-
-  del verb  # there is one so far
   with tempfile.TemporaryDirectory(prefix='chaos') as folder:
-    result = corrupt.corrupt(_COUNT.value, _SEED.value, Path(folder), print)
+    result = _VERBS[verb](Path(folder))
   print(json.dumps(result))
   return 0 if result['ok'] else program.BUG
 
 
+def _corrupt(folder: Path) -> dict[str, Any]:
+  from latent_loop.chaos import corrupt
+
+  return corrupt.corrupt(_COUNT.value, _SEED.value, folder, print)
+
+
+def _kill(folder: Path) -> dict[str, Any]:
+  from latent_loop.chaos import kill
+
+  config = program.sealed(_CONFIG) if _CONFIG.value is not None else None
+  return kill.kill(_KILLS.value, _SEED.value, folder, print, config)
+
+
+_VERBS = {'corrupt': _corrupt, 'kill': _kill}
+
+
 if __name__ == '__main__':
-  program.run(main, verbs=('corrupt',))
+  program.run(main, verbs=tuple(_VERBS))

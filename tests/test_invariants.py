@@ -568,3 +568,18 @@ def test_a_save_comes_before_the_evaluation_of_its_step(tmp_path, monkeypatch):
   monkeypatch.setattr(loop, 'evaluate', lambda *args: kill())
   assert start(tmp_path / 'run') is None
   assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['3']
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch):
+  """Killed between the save of a step and its evaluation, and stopped by a signal at such a step."""
+  monkeypatch.setitem(RUN, 'eval.every_steps', 3)
+  done, evaluating = [], lambda this, step: done.append(step) or {'step': step}
+  monkeypatch.setattr(loop.alarms, 'sentences', lambda *args: [])
+  monkeypatch.setattr(loop, 'evaluate', lambda *args: kill())
+  assert start(tmp_path / 'run') is None
+  monkeypatch.setattr(loop, 'evaluate', evaluating)
+  assert start(tmp_path / 'run', 5, terminate) == exit_codes.PREEMPTED
+  assert done == [3]
+  (tmp_path / 'run' / 'evals.jsonl').write_text('{"step": 6}\n')
+  assert start(tmp_path / 'run') == exit_codes.DONE
+  assert done == [3, 6], 'made up for once'

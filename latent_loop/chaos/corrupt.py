@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from latent_loop import loop
+from latent_loop.chaos import small
 from latent_loop.checkpoint import Checkpoints, manifest
 from latent_loop.checkpoint.content import named
 from latent_loop.config import Config
@@ -24,7 +25,6 @@ from latent_loop.errors import BadInput
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import mesh as meshes
-from latent_loop.sealing import seal, view
 from latent_loop.step import make_sharded_state
 
 STEPS = (2, 4, 6)
@@ -32,32 +32,14 @@ _ALL_DAMAGED, _TWO_DAMAGED = 0.1, 0.3  # shares of the trials; in the others the
 
 
 def small_config() -> Config:
-  config = view(Config())
-  config.update_from_flattened_dict(
-    {
+  return small.small_config(
+    **{
       'name': 'chaos_corrupt',
-      'model.vocab_size': 264,
-      'model.width': 48,
-      'model.num_heads': 4,
-      'model.mlp_dim': 40,
-      'model.num_core_layers': 1,
-      'depth.mean': 2,
-      'depth.backprop_depth': 1,
-      'data.source': 'addition',
-      'data.max_difficulty': 2,
-      'data.seq_len': 20,
-      'train.batch_size': 8,
       'train.num_steps': STEPS[-1],
-      'train.loss_chunk': 20,
-      'optim.ema_decay': 0.9,
       'checkpoint.every_steps': STEPS[0],
       'checkpoint.keep_last': len(STEPS),
-      'eval.num_batches': 1,
-      'eval.sample_tokens': 0,
-      'log.every_steps': 1,
     }
   )
-  return seal(config)
 
 
 # --- accidents: (a step's folder, `checkpoints` of an undamaged copy, dice) -> which file; the step is bad then ------
