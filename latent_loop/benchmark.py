@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from latent_loop.batch import Batch
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
-from latent_loop.inference.generate import generate
+from latent_loop.inference.engine import Engine, Request
 from latent_loop.kernels.choice import choose_attention
 from latent_loop.model import Model, Params, build, cost
 from latent_loop.model.layers import Rows
@@ -249,7 +249,7 @@ def fit(k: int, seconds_by_n: dict[int, float], core: float) -> Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Prompts:
   """What is decoded: rows of random prompts."""
 
   prompt_tokens: int
@@ -262,29 +262,31 @@ class Request:
         raise BadInput(f'--{name}={value} is below 1; give a positive number')
 
 
-def decode(config: Config, depths: list[int], request: Request, effort: Effort) -> Iterator[Line]:
-  """Lines of the decoder of launch.generate at each depth, from fresh parameters; raises BadInput."""
+def decode(config: Config, depths: list[int], prompts: Prompts, effort: Effort) -> Iterator[Line]:
+  """Lines of the engine of launch.generate at each depth, from fresh parameters; raises BadInput."""
   choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
   yield (speeds := machine(config))
-  model = build(config.model, config.depth)
-  params = jax.jit(model.init)(jax.random.key(config.seed))
+  model, mesh = build(config.model, config.depth), meshes.make_mesh(config.mesh)
+  engine = Engine(model, jax.jit(model.init)(jax.random.key(config.seed)), mesh)
   for depth in depths:
-    yield from measure(decode_point(config, model, params, depth, request), effort, config, speeds)
+    yield from measure(decode_point(config, engine, depth, prompts, effort), effort, config, speeds)
 
 
-def decode_point(config: Config, model: Model, params: Params, depth: int, request: Request) -> Point:
-  """`depth` is traced, so the second depth finds the program of the first."""
-  B, T = request.batch_size, request.prompt_tokens + request.new_tokens
-  tokens_BT = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, (B, T), dtype=np.int32)
-  args = (model, params, jnp.asarray(tokens_BT), jnp.full((B,), request.prompt_tokens), jax.random.key(0))
-  args += (jnp.int32(depth), jnp.float32(0.0), -1)  # greedy, and no token ends a row
+def decode_point(config: Config, engine: Engine, depth: int, prompts: Prompts, effort: Effort) -> Point:
+  """Greedy, no token ends a row; the whole call counts, prefill included."""
+  B, P, new = prompts.batch_size, prompts.prompt_tokens, prompts.new_tokens
+  tokens_BP = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, (B, P)).tolist()
+  requests = [Request(tuple(tokens), depth, max_new_tokens=new) for tokens in tokens_BP]
+  first = [dataclasses.replace(request, max_new_tokens=1) for request in requests]
   with Compiles() as compiles:
-    jax.block_until_ready(generate(*args))
-  counted, tokens = cost.count(model, T), B * request.new_tokens
-  # Without a cache the whole row is computed again for each token; the logits are of one place.
-  flops = tokens * (T * (counted.forward(depth) - counted.head) + counted.head)
-  made = {**_memory_of(generate.lower(*args).compile()), 'compile_seconds': compiles.seconds,
-          'compile_count': compiles.count, 'cache': 'none'}  # fmt: skip
-  sizes = {'batch': B, 'prompt': request.prompt_tokens, 'new': request.new_tokens}
+    engine.answer(requests)
+  engine.answer(first)
+  counted = cost.count(engine.model, P + new)
+  # The last token is chosen but not read; the logits are of one place per token.
+  flops = B * ((P + new - 1) * (counted.forward(depth) - counted.head) + new * counted.head)
+  made = {'cache': engine.cache, 'cache_bytes': engine.bytes_of(requests),
+          'first_token_seconds': statistics.median(timed(lambda: engine.answer(first), effort.repeats)),
+          'compile_seconds': compiles.seconds, 'compile_count': compiles.count}  # fmt: skip
+  sizes = {'batch': B, 'prompt': P, 'new': new}
   twin_flags = tuple(part for name, size in sizes.items() for part in (f'--{name}', str(size)))
-  return Point('decode', {'depth': depth}, lambda: generate(*args), tokens, flops, made, twin_flags)
+  return Point('decode', {'depth': depth}, lambda: engine.answer(requests), B * new, flops, made, twin_flags)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from latent_loop import data
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
-from latent_loop.data import tokenizer
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
-from latent_loop.inference.generate import generate
+from latent_loop.inference.engine import Engine
+from latent_loop.inference.text import request_of, text_of
 from latent_loop.metrics import read_lines
 from latent_loop.model import Model, Params, build
 from latent_loop.optim import make_optimizer
@@ -29,7 +29,6 @@ from latent_loop.step import make_sharded_state
 from latent_loop.workdir import read_config
 
 VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run
-_LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,36 +127,8 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
   return depth_report.write(workdir, trained.config.name, numbers, curve)
 
 
-def sample(
-  trained: Trained, prompts: list[str], depth: int, new_tokens: int, temperature: float, seed: int
-) -> list[str]:
-  """The text that follows each prompt; raises BadInput for an empty prompt list or a depth below 1."""
-  if not prompts:
-    raise BadInput('--prompt: no prompt given; give --prompt=TEXT or --prompts=FILE with one per line')
-  for flag, value, low in (('--depth', depth, 1), ('--max_new_tokens', new_tokens, 1), ('--seed', seed, 0)):
-    if not low <= value <= _LARGEST:
-      raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {_LARGEST}')
-  if not (math.isfinite(temperature) and temperature >= 0):
-    raise BadInput(f'--temperature={temperature}: not a number from 0 (greedy) up; 0.7 is usual')
-  try:
-    encoded = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
-  except UnicodeEncodeError as error:
-    raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
-  width = max(map(len, encoded)) + new_tokens
-  tokens = jax.numpy.array([row + [tokenizer.PAD] * (width - len(row)) for row in encoded])
-  lengths = jax.numpy.array([len(row) for row in encoded])
-  with jax.set_mesh(trained.mesh):
-    out = generate(
-      trained.model, trained.params, tokens, lengths, jax.random.key(seed), depth, temperature, tokenizer.EOS
-    )
-  return [
-    tokenizer.decode(_until_eos(row[n : n + new_tokens])) for row, n in zip(jax.device_get(out), lengths, strict=True)
-  ]
-
-
-def _until_eos(tokens: Iterable[int]) -> list[int]:
-  tokens = [int(t) for t in tokens]
-  return tokens[: tokens.index(tokenizer.EOS)] if tokenizer.EOS in tokens else tokens
+def engine_of(trained: Trained, cache: str = 'full') -> Engine:
+  return Engine(trained.model, trained.params, trained.mesh, cache)
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
@@ -166,10 +137,13 @@ def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
   Every process has to call it; the first one writes.
   """
   config, parts = trained.config, []
-  for depth in sorted({1, config.depth.mean, 2 * config.depth.mean}):
-    texts = sample(trained, prompts, depth, config.eval.sample_tokens, temperature=0.7, seed=config.seed)
-    for prompt, text in zip(prompts, texts, strict=True):
-      parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text}\n')
+  options = {'max_new_tokens': config.eval.sample_tokens, 'temperature': 0.7, 'seed': config.seed}
+  depths = sorted({1, config.depth.mean, 2 * config.depth.mean})
+  # All depths side by side: a row stops at its own.
+  asked = [(depth, prompt) for depth in depths for prompt in prompts]
+  answers = engine_of(trained).answer([request_of(prompt, depth=depth, **options) for depth, prompt in asked])
+  for (depth, prompt), answer in zip(asked, answers, strict=True):
+    parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text_of(answer)[0]}\n')
   path = workdir / 'samples.txt'
   if jax.process_index() == 0:
     path.write_text('\n'.join(parts))

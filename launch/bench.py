@@ -43,8 +43,8 @@ def main(verb: str) -> int:
   if verb == 'train':
     lines = benchmark.train(config, depths, effort)
   else:
-    request = benchmark.Request(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
-    lines = benchmark.decode(config, depths, request, effort)
+    prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
+    lines = benchmark.decode(config, depths, prompts, effort)
   for line in lines:
     print(json.dumps({name: rounded(value) for name, value in line.items()}), flush=True)
   return 0

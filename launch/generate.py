@@ -1,5 +1,12 @@
-"""Continues prompts: python -m launch.generate --workdir=runs/tiny_text --prompt='def ' --depth=16"""
+"""Continues prompts: python -m launch.generate --workdir=runs/tiny_text --prompt='def ' --depth=16
 
+--prompts=FILE has one prompt per line. --prompts=- reads JSON lines from standard input, such as {"prompt": "def ",
+"depth": 4, "seed": 1}, whose keys are the flags below, and answers each with a JSON line.
+"""
+
+import dataclasses
+import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -8,30 +15,51 @@ from launch import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _PROMPT = flags.DEFINE_string('prompt', None, 'text to continue')
-_PROMPTS = flags.DEFINE_string('prompts', None, 'file with one prompt per line, instead of --prompt')
+_PROMPTS = flags.DEFINE_string(
+  'prompts', None, 'file with one prompt per line, or - for JSON lines from standard input'
+)
+_CACHE = flags.DEFINE_string('cache', 'full', 'full, latest, ring:M or first:M: which depths share keys and values')
+_EXIT = flags.DEFINE_string(
+  'exit', 'none', 'KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]], such as kl:5e-4: when a token has thought enough'
+)
 _DEPTH = flags.DEFINE_integer('depth', None, 'iterations of the core per token; default: the mean depth in training')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 = greedy')
-_SEED = flags.DEFINE_integer('seed', 0, 'seed of the initial state and of sampling')
+_WARM = flags.DEFINE_bool('warm_start', False, 'a token starts from the state of the one before')
+_STOP = flags.DEFINE_multi_string('stop', [], 'text that ends an answer; may be repeated')
 _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 = greedy')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'draw among the k best tokens; 0 = all')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw among the best tokens that together have this probability')
+_MIN_P = flags.DEFINE_float('min_p', 0.0, 'draw among tokens with at least this share of the probability of the best')
+_PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'above 1: tokens seen before become less likely')
+_SEED = flags.DEFINE_integer('seed', 0, 'seed of the initial states and of sampling')
 
 
 def main() -> int:
-  workdir, prompts = program.workdir_of(_WORKDIR.value), _prompts()
+  from latent_loop.errors import BadInput
+
+  workdir = program.workdir_of(_WORKDIR.value)
+  if (_PROMPT.value is None) == (_PROMPTS.value is None):
+    raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line')
+  asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
   from latent_loop import trained
 
   model = trained.load(workdir)
-  depth = model.config.depth.mean if _DEPTH.value is None else _DEPTH.value
-  texts = trained.sample(model, prompts, depth, _NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value)
-  for prompt, text in zip(prompts, texts, strict=True):
-    print(prompt + text)
+  requests = [_request(one, model.config.depth.mean) for one in asked]
+  engine = trained.engine_of(model, _CACHE.value)
+  print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
+  if _PROMPTS.value == '-':
+    _answer_in_json(engine, asked, requests)
+  elif len(requests) == 1:
+    _type(engine, asked[0]['prompt'], requests)
+  else:
+    for one, text in zip(asked, _texts(engine, requests), strict=True):
+      print(one['prompt'] + text)
   return 0
 
 
 def _prompts() -> list[str]:
   from latent_loop.errors import BadInput
 
-  if (_PROMPT.value is None) == (_PROMPTS.value is None):
-    raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line')
   if _PROMPT.value is not None:
     return [_PROMPT.value]
   path = Path(_PROMPTS.value)
@@ -41,6 +69,82 @@ def _prompts() -> list[str]:
     return path.read_text(encoding='utf-8').splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
+
+
+def _options() -> dict:
+  """What each flag that a JSON line may set is set to."""
+  return {
+    'depth': _DEPTH.value,
+    'exit': _EXIT.value,
+    'warm_start': _WARM.value,
+    'max_new_tokens': _NEW_TOKENS.value,
+    'temperature': _TEMPERATURE.value,
+    'top_k': _TOP_K.value,
+    'top_p': _TOP_P.value,
+    'min_p': _MIN_P.value,
+    'repetition_penalty': _PENALTY.value,
+    'seed': _SEED.value,
+  }
+
+
+def _json_lines() -> list[dict]:
+  from latent_loop.errors import BadInput
+
+  out, known = [], {'prompt': '', **_options()}
+  for i, line in enumerate(sys.stdin, 1):
+    try:
+      one = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise BadInput(f'standard input, line {i}: not JSON ({error}); write {{"prompt": "..."}}') from error
+    if not isinstance(one, dict) or not isinstance(one.get('prompt'), str):
+      raise BadInput(f'standard input, line {i}: not an object with a text under "prompt"; write {{"prompt": "..."}}')
+    for key, value in one.items():
+      if key not in known:
+        raise BadInput(f'standard input, line {i}: unknown key {key!r}; choose from {", ".join(known)}')
+      kinds = (int, float) if isinstance(known[key], float) else (type(known[key]) if key != 'depth' else int,)
+      if type(value) not in kinds:
+        raise BadInput(f'standard input, line {i}: {key}={value!r} is no {kinds[0].__name__}; correct it')
+    out.append(one)
+  return out
+
+
+def _request(one: dict, mean_depth: int):
+  from latent_loop.inference.engine import ExitRule
+  from latent_loop.inference.text import request_of
+
+  options = _options() | one
+  options['depth'] = mean_depth if options['depth'] is None else options['depth']
+  options['exit'] = ExitRule.parse(options['exit'])
+  return request_of(options.pop('prompt'), **options)
+
+
+def _texts(engine, requests) -> list[str]:
+  from latent_loop.inference.text import text_of
+
+  return [text_of(answer, tuple(_STOP.value))[0] for answer in engine.answer(requests)]
+
+
+def _type(engine, prompt: str, requests) -> None:
+  """One answer, as it comes."""
+  from latent_loop.inference.text import text_of
+
+  shown = 0
+  print(prompt, end='', flush=True)
+  for (answer,) in engine.stream(requests):
+    text, finish = text_of(answer, tuple(_STOP.value))
+    print(text[shown:], end='', flush=True)
+    shown = len(text)
+    if finish:
+      break
+  print(flush=True)
+
+
+def _answer_in_json(engine, asked, requests) -> None:
+  from latent_loop.inference.text import text_of
+
+  for one, answer in zip(asked, engine.answer(requests), strict=True):
+    text, finish = text_of(answer, tuple(_STOP.value))
+    print(json.dumps({'prompt': one['prompt'], 'text': text, **dataclasses.asdict(answer), 'finish': finish}))
 
 
 if __name__ == '__main__':

@@ -3,7 +3,8 @@
 forward.safetensors: tokens, init_state, prelude_out, and by depth N state_N, normed_state_rN, logits_rN.
 grads.safetensors: nA_kB/loss and nA_kB/NAME for every weight, of A iterations without gradient, then B with.
 optimizer.safetensors and optimizer.json: gI_t and pI_t, gradient and result of tensor I at step t, at rate lr[t - 1].
-Any of the three may be absent; the gradients are of the tokens and the state in forward.safetensors.
+generation.json: token lists, see interop/generation.py. Any of the four may be absent; gradients and token lists are of
+the tokens in forward.safetensors.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from latent_loop import step
 from latent_loop.batch import Batch
 from latent_loop.config import DepthConfig, ModelConfig, OptimConfig, TrainConfig
 from latent_loop.errors import BadInput
-from latent_loop.interop import files, huggingface
+from latent_loop.interop import files, generation, huggingface
 from latent_loop.model import Model, Params, build
 from latent_loop.optim import KINDS
 
@@ -33,11 +34,18 @@ TOLERANCES = {
   'grads_max_rel_err': 5e-6,  # norm of the difference over the norm
   'optimizer_max_abs_err': 1e-6,
 }
-FORWARD, GRADS, OPTIMIZER, OPTIMIZER_INFO = (
+SHARES = {  # at least
+  'greedy_match': 1.0,
+  'ring_match': 1.0,
+  'warm_start_match': 1.0,
+  'adaptive_steps_match': 0.95,  # a threshold can fall within rounding
+}
+FORWARD, GRADS, OPTIMIZER, OPTIMIZER_INFO, GENERATION = (
   'forward.safetensors',
   'grads.safetensors',
   'optimizer.safetensors',
   'optimizer.json',
+  'generation.json',
 )
 _FAMILIES = ('state_', 'normed_state_r', 'logits_r')  # each followed by a depth
 _NUMBER = r'0|[1-9]\d{0,5}'
@@ -57,25 +65,30 @@ class Inputs:
 
 
 def verify(golden: Path) -> dict[str, float | bool]:
-  """The worst error of each part that `golden` holds, and whether all are within tolerance.
+  """The worst error of each part that `golden` holds, the share of its lists that match, and whether all is well.
 
   An error that is not finite is given as the largest float. Raises BadInput for a folder that holds no
   part, or holds one that cannot be read whole.
   """
-  present = {name for name in (FORWARD, GRADS, OPTIMIZER, OPTIMIZER_INFO) if (golden / name).exists()}
+  present = {name for name in (FORWARD, GRADS, OPTIMIZER, OPTIMIZER_INFO, GENERATION) if (golden / name).exists()}
   if not present:
-    raise BadInput(f'{golden}: holds none of {FORWARD}, {GRADS}, {OPTIMIZER}; give a folder of golden numbers')
+    raise BadInput(
+      f'{golden}: holds none of {FORWARD}, {GRADS}, {OPTIMIZER}, {GENERATION}; give a folder of golden numbers'
+    )
   errors: dict[str, float] = {}
   # Accelerators otherwise multiply float32 matrices in fewer bits than the tolerances allow.
   with jax.default_matmul_precision('highest'):
-    if present & {FORWARD, GRADS}:
+    if present & {FORWARD, GRADS, GENERATION}:
       inputs = _read_inputs(golden)
       errors |= _forward_errors(golden / FORWARD, inputs)
       errors |= _gradient_errors(golden / GRADS, inputs) if GRADS in present else {}
     if present & {OPTIMIZER, OPTIMIZER_INFO}:
       errors |= _optimizer_errors(golden / OPTIMIZER, golden / OPTIMIZER_INFO)
+    shares = _generation_shares(golden / GENERATION, inputs) if GENERATION in present else {}
   errors = {name: error if math.isfinite(error) else sys.float_info.max for name, error in errors.items()}
-  return {**errors, 'ok': all(error <= TOLERANCES[name] for name, error in errors.items())}
+  ok = all(error <= TOLERANCES[name] for name, error in errors.items())
+  ok &= all(share >= SHARES[name] for name, share in shares.items() if name in SHARES)
+  return {**errors, **shares, 'ok': ok}
 
 
 def _read_inputs(golden: Path) -> Inputs:
@@ -173,6 +186,15 @@ def _loss_and_gradients(model: Model, params: Params, s_BTD: jax.Array, batch: B
     return step.chunked_loss(model, params, y_BTD, batch, train).value()
 
   return loss_fn(params)
+
+
+# --- generation --------------------------------------------------------------------------------------
+
+
+def _generation_shares(path: Path, inputs: Inputs) -> dict[str, float]:
+  model = build(dataclasses.replace(inputs.cfg, remat='none'), inputs.depth)
+  params = jax.jit(model.cast)(inputs.params)
+  return generation.matches(path, model, params, np.asarray(inputs.batch.tokens_BT[0]))
 
 
 # --- optimizer ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The loop over depth, written once: everything that iterates the core comes through here."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +30,23 @@ def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_
     return s_BTD
   body = jax.checkpoint(lambda s, i: (step(s, i), None), prevent_cse=False)
   return jax.lax.scan(body, s_BTD, jnp.arange(max_k))[0]
+
+
+def iterate_rows(core: Callable, leave: Callable, memory: Any, s_BTD: jax.Array, running_B: jax.Array):
+  """Each row's iterations until it leaves: (memory, s_BTD, depth_B), without gradient; one executable for all depths.
+
+  core(memory, s_BTD, t, running_B) -> (memory, s_BTD): iteration t = 0, 1, ... of the rows that run.
+  leave(memory, before_BTD, s_BTD, t, running_B) -> (memory, leaves_B): asked after t = 1, 2, ... iterations.
+  A row that has left keeps its state while others go on.
+  """
+
+  def body(loop):
+    t, memory, before_BTD, running_B, depth_B = loop
+    memory, s_BTD = core(memory, before_BTD, t, running_B)
+    s_BTD = jnp.where(running_B[:, None, None], s_BTD, before_BTD)
+    memory, leaves_B = leave(memory, before_BTD, s_BTD, t + 1, running_B)
+    return t + 1, memory, s_BTD, running_B & ~leaves_B, depth_B + running_B
+
+  start = jnp.int32(0), memory, s_BTD, running_B, jnp.zeros(running_B.shape, jnp.int32)
+  _, memory, s_BTD, _, depth_B = jax.lax.while_loop(lambda loop: jnp.any(loop[3]), body, start)
+  return memory, s_BTD, depth_B

@@ -12,16 +12,17 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.model import initializers
+from latent_loop.model.layers import Projection
 
 
-class LinearInjection(nnx.Module):
+class LinearInjection(Projection):
   """x = A [s; e], the learned adapter of Huginn (2502.05171 section 3.2), state first."""
 
   def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
-    self.kernel = nnx.Param(inits.inner(key, (2 * cfg.width, cfg.width)))
+    super().__init__((2 * cfg.width, cfg.width), inits.inner, key)
 
   def __call__(self, s_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
-    return jnp.einsum('BTC,CD->BTD', jnp.concatenate([s_BTD, e_BTD], axis=-1), self.kernel[...])
+    return super().__call__(jnp.concatenate([s_BTD, e_BTD], axis=-1))
 
 
 class AddInjection(nnx.Module):

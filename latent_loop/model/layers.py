@@ -31,6 +31,16 @@ class Rows:
   positions_BT: jax.Array
   segment_ids_BT: jax.Array | None
 
+  def attend(self, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Causal attention inside segments, by what config.model.attention means on this platform."""
+    kind, ids_BT = choose_attention(cfg, q_BTNH.shape[1], target_platform()), self.segment_ids_BT
+    if kind == 'splash' and on_own_rows():
+      return splash(q_BTNH, k_BTNH, v_BTNH, ids_BT, interpret=False)
+    if kind in ('xla', 'splash'):  # a kernel cannot be split by the compiler; generation, which is, does without it
+      return plain_attention(q_BTNH, k_BTNH, v_BTNH, self)
+    mask = None if ids_BT is None else same_segment(ids_BT)
+    return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask=mask, is_causal=True, implementation=kind)
+
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) over the last axis, in float32 whatever the dtype of x."""
@@ -65,18 +75,6 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-def attend(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows, kind: str) -> jax.Array:
-  """Causal attention inside segments, by the implementation `kind` ('xla', 'cudnn' or 'splash')."""
-  if kind == 'splash':
-    return splash(q_BTNH, k_BTNH, v_BTNH, rows.segment_ids_BT, interpret=False)
-  if kind == 'xla':
-    return plain_attention(q_BTNH, k_BTNH, v_BTNH, rows)
-  mask = None
-  if rows.segment_ids_BT is not None:
-    mask = same_segment(rows.segment_ids_BT)
-  return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask=mask, is_causal=True, implementation=kind)
-
-
 def same_segment(ids_BT: jax.Array) -> jax.Array:
   """[B, 1, T, T]: which pairs of tokens are of one document."""
   return (ids_BT[:, :, None] == ids_BT[:, None, :])[:, None]
@@ -88,14 +86,19 @@ def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, row
   One sum masks, and heads are moved ahead of positions once: on a CPU, three quarters of the time of
   jax.nn.dot_product_attention, forward and backward (experiments/LOG.md).
   """
-  T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
+  T = q_BTNH.shape[1]
   seen = jnp.tril(jnp.ones((T, T), bool))[None, None]
   if rows.segment_ids_BT is not None:
     seen = seen & same_segment(rows.segment_ids_BT)
   q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
-  scores = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNTH, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(scores * H**-0.5 + jnp.where(seen, 0.0, -1e30), axis=-1)
-  return jnp.einsum('BNTS,BNSH->BNTH', weights.astype(v_BTNH.dtype), v_BNTH).swapaxes(1, 2)
+  return masked_attention(q_BNTH, k_BNTH, v_BNTH, seen).swapaxes(1, 2)
+
+
+def masked_attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, seen: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(H)) v over the places that are `seen`, [B or 1, 1, T, S]."""
+  scores = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(scores * q_BNTH.shape[-1] ** -0.5 + jnp.where(seen, 0.0, -1e30), axis=-1)
+  return jnp.einsum('BNTS,BNSH->BNTH', weights.astype(v_BNSH.dtype), v_BNSH)
 
 
 class Projection(nnx.Module):
@@ -144,10 +147,7 @@ class Attention(nnx.Module):
       q_BTNH = rms_norm(q_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
       k_BTNH = rms_norm(k_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
     v_BTNH = self.v(x_BTD)
-    kind = choose_attention(cfg, x_BTD.shape[1], target_platform())
-    if kind == 'splash' and not on_own_rows():
-      kind = 'xla'  # a kernel cannot be split by the compiler; generation, which is, does without it
-    return self.out(attend(q_BTNH, k_BTNH, v_BTNH, rows, kind))
+    return self.out(rows.attend(q_BTNH, k_BTNH, v_BTNH, cfg))
 
 
 class GatedMLP(nnx.Module):

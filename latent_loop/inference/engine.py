@@ -1,0 +1,223 @@
+"""Requests in, answers out: what a person or a server calls. Rows of one batch may ask for different things.
+
+Shapes are rounded up to powers of two, so one compiled program serves every prompt, depth and rule of a class.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_loop.errors import BadInput
+from latent_loop.inference import exits as rules
+from latent_loop.inference.cache import Slots, cache_bytes
+from latent_loop.inference.decode import NO_TOKEN, Asks, Decoding, begin, go_on
+from latent_loop.inference.exits import Exits
+from latent_loop.inference.sampling import Sampling
+from latent_loop.model import Model, Params, build
+
+_SMALLEST = 16  # columns of a shape class, at least
+_LARGEST = 2**31 - 1
+
+
+def _require(condition: bool, sentence: str) -> None:
+  if not condition:
+    raise BadInput(sentence)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitRule:
+  """When a token stops thinking; checks start at min_depth and come every `every` iterations. See exits.CRITERIA."""
+
+  kind: str = 'none'
+  threshold: float | None = None  # None: that of the paper or the reference
+  min_depth: int = 1
+  every: int = 1
+
+  def __post_init__(self):
+    known = ', '.join(rules.CRITERIA)
+    _require(self.kind in rules.CRITERIA, f'--exit={self.kind!r}: no such criterion; choose one of {known}')
+    value = self.value
+    _require(
+      math.isfinite(value) and value >= 0,
+      f'--exit={self.kind}:{value}: a threshold is a number from 0 up, such as 5e-4',
+    )
+    for name in ('min_depth', 'every'):
+      number = vars(self)[name]
+      _require(1 <= number <= _LARGEST, f'exit {name}={number} is out of range; give a number from 1')
+
+  @property
+  def value(self) -> float:
+    return rules.THRESHOLDS[self.kind] if self.threshold is None else self.threshold
+
+  @classmethod
+  def parse(cls, text: str) -> 'ExitRule':
+    """'kl', 'kl:5e-4', 'latent-diff:0.03:4:2' (kind:threshold:min_depth:every); raises BadInput."""
+    kind, *numbers = text.split(':')
+    try:
+      threshold = float(numbers[0]) if numbers and numbers[0] else None
+      return cls(kind, threshold, *(int(number) for number in numbers[1:3]))
+    except ValueError as error:
+      raise BadInput(f'--exit={text}: {error}; the rule is KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]]') from error
+
+
+def parse_cache(text: str, max_depth: int) -> Slots:
+  """The slots that 'full' (the same as 'latest'), 'ring:M' or 'first:M' mean for depths up to max_depth.
+
+  Raises BadInput.
+  """
+  kind, _, number = text.partition(':')
+  if kind in ('full', 'latest') and not number:
+    return Slots(max_depth)
+  if kind in ('ring', 'first') and number.isdecimal() and 1 <= int(number) <= _LARGEST:
+    count = int(number) if kind == 'ring' else int(number) + 1
+    return Slots(min(count, max_depth), ring=kind == 'ring' and count < max_depth)
+  raise BadInput(f'--cache={text}: no such cache; use full, latest, ring:M or first:M with M from 1, such as ring:1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt and what is asked of it; raises BadInput for what cannot be.
+
+  tokens: the prompt. depth: iterations per token at most. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and
+  repetition_penalty 1 are off. stops: tokens that end the answer. state_scale: of the initial state, 0 for zero.
+  """
+
+  tokens: tuple[int, ...]
+  depth: int
+  max_new_tokens: int = 128
+  exit: ExitRule = ExitRule()
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  seed: int = 0
+  stops: tuple[int, ...] = ()
+  warm_start: bool = False
+  state_scale: float = 1.0
+
+  def __post_init__(self):
+    _require(bool(self.tokens), '--prompt: it has no tokens; give at least one')
+    for name, low in (('depth', 1), ('max_new_tokens', 1), ('seed', 0), ('top_k', 0)):
+      value = vars(self)[name]
+      _require(low <= value <= _LARGEST, f'--{name}={value} is out of range; give a number from {low} to {_LARGEST}')
+    for name, low, high, hint in (
+      ('temperature', 0, math.inf, '0 is greedy, 0.7 is usual'),
+      ('top_p', 0, 1, '1 keeps every token, 0.95 is usual'),
+      ('min_p', 0, 1, '0 keeps every token, 0.05 is usual'),
+      ('state_scale', 0, math.inf, '1 is what training used'),
+    ):
+      value = vars(self)[name]
+      _require(
+        math.isfinite(value) and low <= value <= high, f'--{name}={value}: not a number from {low} to {high}; {hint}'
+      )
+    penalty = self.repetition_penalty
+    _require(math.isfinite(penalty) and penalty > 0, f'--repetition_penalty={penalty} must be above 0; 1 is none')
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token.
+
+  finish: 'stop', 'length', or None while more may come.
+  """
+
+  tokens: list[int]
+  log_probs: list[float]
+  depths: list[int]
+  finish: str | None
+
+
+def asks_of(requests: list[Request]) -> Asks:
+  number = lambda name: jnp.array([vars(r)[name] for r in requests], jnp.float32)
+  whole = lambda name: jnp.array([vars(r)[name] for r in requests], jnp.int32)
+  exit_of = lambda name, dtype: jnp.array([vars(r.exit)[name] for r in requests], dtype)
+  exits = Exits(
+    kind_B=jnp.array([rules.CRITERIA.index(r.exit.kind) for r in requests], jnp.int32),
+    threshold_B=jnp.array([r.exit.value for r in requests], jnp.float32),
+    min_depth_B=exit_of('min_depth', jnp.int32),
+    every_B=exit_of('every', jnp.int32),
+    max_depth_B=whole('depth'),
+  )
+  sampling = Sampling(
+    number('temperature'),
+    whole('top_k'),
+    number('top_p'),
+    number('min_p'),
+    number('repetition_penalty'),
+    whole('seed'),
+  )
+  most = _round_up(max(len(r.stops) for r in requests), 4)
+  stops_BK = [[*r.stops, *[NO_TOKEN] * (most - len(r.stops))] for r in requests]
+  warm_B = jnp.array([r.warm_start for r in requests], bool)
+  return Asks(exits, sampling, whole('max_new_tokens'), jnp.array(stops_BK, jnp.int32), warm_B, number('state_scale'))
+
+
+def _round_up(number: int, smallest: int = _SMALLEST) -> int:
+  """The next power of two."""
+  return max(smallest, 1 << (number - 1).bit_length() if number > 1 else 1)
+
+
+class Engine:
+  """A model ready to answer, on the devices of `mesh`."""
+
+  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full'):
+    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput."""
+    parse_cache(cache, 1)
+    # Rematerialization serves a backward pass only, and blocks under it cannot hand out their buffers.
+    self.model = build(dataclasses.replace(model.cfg, remat='none'), model.depth)
+    self.mesh, self.cache = mesh, cache
+    with jax.set_mesh(mesh):
+      self.params = jax.jit(model.cast)(params)
+
+  def answer(self, requests: list[Request]) -> list[Answer]:
+    """All answers, once the last is done."""
+    *_, last = self.stream(requests, every=_LARGEST)
+    return last
+
+  def stream(self, requests: list[Request], every: int = 1) -> Iterator[list[Answer]]:
+    """The answers so far, after the first token and then after every `every` more."""
+    slots, width, new = self._class_of(requests)
+    tokens_BT = np.zeros((len(requests), width), np.int32)
+    for row, request in zip(tokens_BT, requests, strict=True):
+      row[: len(request.tokens)] = request.tokens
+    lengths_B, asks = np.array([len(r.tokens) for r in requests], np.int32), asks_of(requests)
+    with jax.set_mesh(self.mesh):
+      decoding = begin(self.model, self.params, tokens_BT, lengths_B, asks, slots=slots, places=width + new, new=new)
+      yield _answers(decoding, requests)
+      while np.any(jax.device_get(decoding.running_B)):
+        decoding = go_on(self.model, self.params, decoding, asks, np.int32(every), slots=slots)
+        yield _answers(decoding, requests)
+
+  def bytes_of(self, requests: list[Request]) -> int:
+    """Memory of the cache that answering these together takes."""
+    slots, width, new = self._class_of(requests)
+    return cache_bytes(self.model.cfg, slots, len(requests), width + new)
+
+  def _class_of(self, requests: list[Request]) -> tuple[Slots, int, int]:
+    """(slots, columns for prompts, columns for new tokens); raises BadInput for a token that the model does not know."""
+    _require(bool(requests), '--prompt: no prompt given; give at least one')
+    for request in requests:
+      low, high, vocab_size = min(request.tokens), max(request.tokens), self.model.cfg.vocab_size
+      _require(
+        0 <= low and high < vocab_size,
+        f'a prompt has token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}, use its own tokenizer',
+      )
+    slots = parse_cache(self.cache, max(r.depth for r in requests))
+    return slots, _round_up(max(len(r.tokens) for r in requests)), _round_up(max(r.max_new_tokens for r in requests))
+
+
+def _answers(decoding: Decoding, requests: list[Request]) -> list[Answer]:
+  names = ('count_B', 'running_B', 'tokens_BM', 'log_p_BM', 'depth_BM')
+  count_B, running_B, *columns = jax.device_get([vars(decoding)[name] for name in names])
+  answers = []
+  for b, request in enumerate(requests):
+    tokens, log_probs, depths = (column_BM[b, : count_B[b]].tolist() for column_BM in columns)
+    finish = 'stop' if tokens[-1] in request.stops else 'length'
+    answers.append(Answer(tokens, log_probs, depths, None if running_B[b] else finish))
+  return answers
