@@ -22,7 +22,7 @@ from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Engine, Request
 from latent_loop.kernels.choice import choose_attention
-from latent_loop.model import Model, Params, build, cost
+from latent_loop.model import Params, build, cost
 from latent_loop.model.layers import Rows
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import chips, sharding

@@ -128,12 +128,13 @@ def _type(engine, prompt: str, requests) -> None:
   """One answer, as it comes."""
   from latent_loop.inference.text import text_of
 
-  shown = 0
+  shown, held = 0, max((len(stop) - 1 for stop in _STOP.value), default=0)  # the last letters may begin a stop string
   print(prompt, end='', flush=True)
   for (answer,) in engine.stream(requests):
     text, finish = text_of(answer, tuple(_STOP.value))
-    print(text[shown:], end='', flush=True)
-    shown = len(text)
+    safe = len(text) if finish else max(len(text) - held, shown)
+    print(text[shown:safe], end='', flush=True)
+    shown = safe
     if finish:
       break
   print(flush=True)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far: one [slot, batch, head, position, dim] buffer per layer, and one rule for slots.
+"""Keys and values of the tokens so far: a [slot, batch, head, position, dim] buffer per layer, and one rule for slots.
 
 Prelude and coda have one slot. Iteration t of the core reads and writes slot f(t), which `Slots` says: a slot per
 depth, or a few that depths share (2502.05171 section 6.2; the reference's compress-s is a ring). A token that

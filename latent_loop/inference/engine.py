@@ -200,7 +200,7 @@ class Engine:
     return cache_bytes(self.model.cfg, slots, len(requests), width + new)
 
   def _class_of(self, requests: list[Request]) -> tuple[Slots, int, int]:
-    """(slots, columns for prompts, columns for new tokens); raises BadInput for a token that the model does not know."""
+    """(slots, columns for prompts, columns for new tokens); raises BadInput for a token the model does not know."""
     _require(bool(requests), '--prompt: no prompt given; give at least one')
     for request in requests:
       low, high, vocab_size = min(request.tokens), max(request.tokens), self.model.cfg.vocab_size
