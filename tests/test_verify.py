@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from latent_loop.config import DepthConfig, ModelConfig
 from latent_loop.errors import BadInput
-from latent_loop.interop import huggingface
-from latent_loop.interop.verify import TOLERANCES, verify
+from latent_loop.interop import generation, huggingface
+from latent_loop.interop.verify import SHARES, TOLERANCES, verify
 from latent_loop.model import build
 from latent_loop.model.layers import Rows
 
@@ -96,12 +96,57 @@ def nudge(x):
   return x
 
 
-def test_reference_numbers_are_met():
-  result = verify(HUGINN_TINY)
+def reference_folder(folder, without):
+  """huginn_tiny but for one of its files."""
+  for path in HUGINN_TINY.iterdir():
+    if path.name != without:
+      (folder / path.name).symlink_to(path.resolve())
+  return folder
+
+
+def test_reference_numbers_are_met(tmp_path):
+  result = verify(reference_folder(tmp_path, without='generation.json'))
   assert result.pop('ok') is True
   assert result.keys() == TOLERANCES.keys()
   for name, error in result.items():
     assert 0 < error <= TOLERANCES[name], name
+
+
+@pytest.mark.slow
+def test_the_token_lists_of_the_reference_are_met(tmp_path):
+  """Some of each kind; launch.verify compares all of them."""
+  golden = json.loads((HUGINN_TINY / 'generation.json').read_text())
+  names = ['greedy/r4/full', 'greedy/r8/full', 'greedy/r4/compress-s8', 'greedy/r8/compress-s8', 'continuous/r4']
+  names += [name for name in golden if name.startswith('adaptive')]
+  folder = reference_folder(tmp_path, without='generation.json')
+  (folder / 'grads.safetensors').unlink()
+  part = {name: golden[name] for name in names}
+  (folder / 'generation.json').write_text(json.dumps(part))
+  result = verify(folder)
+  assert result['ok'] is True and SHARES.keys() < result.keys(), result
+  part['greedy/r4/full'][20] ^= 1
+  (folder / 'generation.json').write_text(json.dumps({name: part[name] for name in names[:2]}))
+  result = verify(folder)
+  assert result['ok'] is False and result['greedy_match'] == 0.5
+
+
+@pytest.mark.parametrize(
+  'name,value,word',
+  [
+    ('greedy/r4', [1] * 11, 'is not a run that the reference makes'),
+    ('greedy/r4/full', [1] * 10, 'is not a run that the reference makes'),
+    ('greedy/r4/full', ['a'], 'is not a list of whole numbers'),
+    ('greedy/r4/compress-s6', [1] * 11, 'no multiple of 4 core layers'),
+    ('adaptive_prefill/kl/0.01', {'steps': []}, 'has 0 steps'),
+    ('adaptive_prefill/klx/0.01', {'steps': [1]}, 'no such criterion'),
+    ('beam/r4', [1] * 11, 'unknown run'),
+  ],
+)
+def test_token_lists_that_no_run_makes_are_refused(tmp_path, name, value, word):
+  (tmp_path / 'generation.json').write_text(json.dumps({name: value}))
+  cfg, depth = huggingface.read_config(HUGINN_TINY)
+  with pytest.raises(BadInput, match=word):
+    generation.matches(tmp_path / 'generation.json', build(cfg, depth), {}, np.arange(20))
 
 
 def test_other_shapes_are_met(small):

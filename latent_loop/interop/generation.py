@@ -35,14 +35,18 @@ def matches(path: Path, model: Model, params: Params, tokens_T: np.ndarray) -> d
   tokens_T: row 0 of the golden tokens.
   """
   golden, prompt = files.read_json(path), tuple(tokens_T[:PROMPT_TOKENS].tolist())
+  runs = {
+    name: re.fullmatch(rf'(greedy|continuous)/r({_NUMBER})(/full|/compress-s({_NUMBER}))?', name) for name in golden
+  }
+  deepest = max((int(match[2]) for match in runs.values() if match), default=1)  # one cache serves all depths
   groups: dict[str, list[float]] = {}
   for name, expected in golden.items():
-    if match := re.fullmatch(rf'(greedy|continuous)/r({_NUMBER})(/full|/compress-s({_NUMBER}))?', name):
+    if match := runs[name]:
       tokens = _whole_numbers(path, name, expected)
       if (match[1] == 'greedy') != (match[3] is not None) or len(tokens) <= PROMPT_TOKENS:
         raise BadInput(f'{path}: {name!r} with {len(tokens)} tokens is not a run that the reference makes; remove it')
       key = 'warm_start_match' if match[1] == 'continuous' else 'ring_match' if match[4] else 'greedy_match'
-      slots = _slots(path, name, model, int(match[2]), match[4])
+      slots = _slots(path, name, model, match[4]) if match[4] else Slots(deepest)
       ours = _greedy(model, params, prompt, int(match[2]), slots, len(tokens), match[1] == 'continuous')
       groups.setdefault(key, []).append(float(ours == tokens))
     elif match := re.fullmatch(r'adaptive_prefill/([a-z-]+)/([-+.e\d]+)', name):
@@ -65,9 +69,7 @@ def _whole_numbers(path: Path, name: str, values: Any) -> list[int]:
   return values
 
 
-def _slots(path: Path, name: str, model: Model, depth: int, layer_slots: str | None) -> Slots:
-  if layer_slots is None:
-    return Slots(depth)
+def _slots(path: Path, name: str, model: Model, layer_slots: str) -> Slots:
   count, rest = divmod(int(layer_slots), model.cfg.num_core_layers)
   if rest or not count:
     raise BadInput(
