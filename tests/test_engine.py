@@ -177,6 +177,14 @@ def test_memory_is_known_before_it_is_taken(model, engine):
   assert engine.bytes_of([ask((1,))]) == cache_bytes(model.cfg, Slots(DEPTH), 1, 32)
 
 
+@pytest.mark.parametrize('window', [3])
+def test_rows_at_different_depths_get_what_they_get_in_step(engine, mixed, window):
+  """Continuous depth batching, with every kind of exit rule in one batch."""
+  for answer, want in zip(engine.answer_flying(MIXED, window), mixed, strict=True):
+    assert (answer.tokens, answer.depths, answer.finish) == (want.tokens, want.depths, want.finish)
+    np.testing.assert_allclose(answer.log_probs, want.log_probs, rtol=0, atol=1e-5)
+
+
 # --- sampling ---------------------------------------------------------------------------------------------
 
 

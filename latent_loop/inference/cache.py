@@ -74,11 +74,15 @@ class CachedRows:
 
   slot: scalar, or one per row. positions_BT: of the tokens. writes_BT: whose keys and values are kept.
   fresh: the tokens are each row's first, at positions 0 to T - 1; then the platform's own attention serves.
+  rows_B: which rows of the buffers the tokens belong to; None: all, in order.
   """
 
-  def __init__(self, layers: list[Layer], slot, positions_BT: jax.Array, writes_BT: jax.Array, fresh: bool):
+  def __init__(
+    self, layers: list[Layer], slot, positions_BT: jax.Array, writes_BT: jax.Array, fresh: bool, rows_B=None
+  ):
     self.positions_BT, self.written = positions_BT, []
     self._layers, self._slot, self._writes_BT, self._fresh = layers, jnp.asarray(slot), writes_BT, fresh
+    self._rows_B = rows_B
 
   def attend(self, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Attention over everything up to the token's own position."""
@@ -102,14 +106,16 @@ class CachedRows:
     # A place behind the last is dropped.
     places_BT = jnp.where(self._writes_BT, self.positions_BT, old_RBNSH.shape[3])
     slot_BT = self._slot if self._slot.ndim == 0 else self._slot[:, None]
-    return old_RBNSH.at[slot_BT, jnp.arange(B)[:, None], :, places_BT].set(new_BTNH, mode='drop')
+    rows_B = jnp.arange(B) if self._rows_B is None else self._rows_B
+    return old_RBNSH.at[slot_BT, rows_B[:, None], :, places_BT].set(new_BTNH, mode='drop')
 
   def _read(self, buffer_RBNSH: jax.Array) -> jax.Array:
-    if self._slot.ndim == 0:
-      return jax.lax.dynamic_index_in_dim(buffer_RBNSH, self._slot, keepdims=False)
-    if buffer_RBNSH.shape[0] == 1:
-      return buffer_RBNSH[0]
-    return buffer_RBNSH[self._slot, jnp.arange(buffer_RBNSH.shape[1])]
+    if self._slot.ndim and buffer_RBNSH.shape[0] > 1:
+      rows_B = jnp.arange(len(self._slot)) if self._rows_B is None else self._rows_B
+      return buffer_RBNSH[self._slot, rows_B]
+    slot = self._slot if self._slot.ndim == 0 else 0
+    buffer_BNSH = jax.lax.dynamic_index_in_dim(buffer_RBNSH, slot, keepdims=False)
+    return buffer_BNSH if self._rows_B is None else buffer_BNSH[self._rows_B]
 
 
 def fill_deeper(layers: list[Layer], slots: Slots, depth_B: jax.Array, positions_BT: jax.Array, writes_BT: jax.Array):

@@ -98,7 +98,7 @@ def begin(
     log_p_BM=empty(0, jnp.float32),
     depth_BM=empty(0, jnp.int32),
   )
-  return _emit(decoding, asks, logits_BV, asks.exits.max_depth_B)
+  return emit(decoding, asks, logits_BV, asks.exits.max_depth_B, decoding.running_B)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'slots'), donate_argnames='decoding')
@@ -112,31 +112,31 @@ def go_on(model: Model, params: Params, decoding: Decoding, asks: Asks, steps: j
     warm_BTD = jnp.where(asks.warm_B[:, None, None], model.leave_core(params, this.s_BTD), fresh_BTD)
     feed = dataclasses.replace(feed, s_BTD=warm_BTD)
     cache, s_BTD, depth_B, logits_BV = ponder(model, params, this.cache, feed, asks.exits, slots)
-    return i + 1, _emit(dataclasses.replace(this, cache=cache, s_BTD=s_BTD), asks, logits_BV, depth_B)
+    this = dataclasses.replace(this, cache=cache, s_BTD=s_BTD)
+    return i + 1, emit(this, asks, logits_BV, depth_B, this.running_B)
 
   return jax.lax.while_loop(lambda loop: (loop[0] < steps) & jnp.any(loop[1].running_B), body, (0, decoding))[1]
 
 
-def _emit(this: Decoding, asks: Asks, logits_BV: jax.Array, depth_B: jax.Array) -> Decoding:
-  """Chooses the next token of the running rows and notes it."""
+def emit(this: Decoding, asks: Asks, logits_BV: jax.Array, depth_B: jax.Array, who_B: jax.Array) -> Decoding:
+  """Chooses the next token of the rows `who_B` and notes it."""
   B, M = this.tokens_BM.shape
   position_B = this.position_B + 1
   token_B = draw(logits_BV, this.seen_BV, asks.sampling, position_B)
   log_p_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
-  row_B, running_B = jnp.arange(B), this.running_B
-  at_B = jnp.where(running_B, this.count_B, M)  # one behind the last is dropped
-  note = lambda old_BM, new_B: old_BM.at[row_B, at_B].set(new_B, mode='drop')
-  count_B = this.count_B + running_B
-  stops_B = jnp.any(token_B[:, None] == asks.stops_BK, axis=1)
+  row_B, at_B = jnp.arange(B), jnp.where(who_B, this.count_B, M)  # one behind the last is dropped
+  note = lambda old_BM, new_B: everywhere(old_BM.at[row_B, at_B].set(new_B, mode='drop'))
   everywhere = lambda x: constrain(x, *[None] * x.ndim)  # so that every process can read it
+  count_B = this.count_B + who_B
+  ends_B = jnp.any(token_B[:, None] == asks.stops_BK, axis=1) | (count_B >= asks.limit_B)
   return dataclasses.replace(
     this,
-    token_B=jnp.where(running_B, token_B, this.token_B),
-    position_B=jnp.where(running_B, position_B, this.position_B),
-    seen_BV=this.seen_BV.at[row_B, jnp.where(running_B, token_B, this.seen_BV.shape[1])].set(True, mode='drop'),
-    running_B=everywhere(running_B & ~stops_B & (count_B < asks.limit_B)),
+    token_B=jnp.where(who_B, token_B, this.token_B),
+    position_B=jnp.where(who_B, position_B, this.position_B),
+    seen_BV=this.seen_BV.at[row_B, jnp.where(who_B, token_B, this.seen_BV.shape[1])].set(True, mode='drop'),
+    running_B=everywhere(this.running_B & ~(who_B & ends_B)),
     count_B=everywhere(count_B),
-    tokens_BM=everywhere(note(this.tokens_BM, token_B)),
-    log_p_BM=everywhere(note(this.log_p_BM, log_p_B)),
-    depth_BM=everywhere(note(this.depth_BM, depth_B)),
+    tokens_BM=note(this.tokens_BM, token_B),
+    log_p_BM=note(this.log_p_BM, log_p_B),
+    depth_BM=note(this.depth_BM, depth_B),
   )

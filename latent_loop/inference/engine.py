@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from latent_loop.errors import BadInput
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes
+from latent_loop.inference.continuous import fly, take_off
 from latent_loop.inference.decode import NO_TOKEN, Asks, Decoding, begin, go_on
 from latent_loop.inference.exits import Exits
 from latent_loop.inference.sampling import Sampling
@@ -182,17 +183,30 @@ class Engine:
 
   def stream(self, requests: list[Request], every: int = 1) -> Iterator[list[Answer]]:
     """The answers so far, after the first token and then after every `every` more."""
-    slots, width, new = self._class_of(requests)
-    tokens_BT = np.zeros((len(requests), width), np.int32)
-    for row, request in zip(tokens_BT, requests, strict=True):
-      row[: len(request.tokens)] = request.tokens
-    lengths_B, asks = np.array([len(r.tokens) for r in requests], np.int32), asks_of(requests)
+    asks, slots = asks_of(requests), self._class_of(requests)[0]
     with jax.set_mesh(self.mesh):
-      decoding = begin(self.model, self.params, tokens_BT, lengths_B, asks, slots=slots, places=width + new, new=new)
+      decoding = self._begin(requests, asks)
       yield _answers(decoding, requests)
       while np.any(jax.device_get(decoding.running_B)):
         decoding = go_on(self.model, self.params, decoding, asks, np.int32(every), slots=slots)
         yield _answers(decoding, requests)
+
+  def answer_flying(self, requests: list[Request], window: int) -> list[Answer]:
+    """The same answers by continuous depth batching; `window` rows at a time start their next token."""
+    asks, slots = asks_of(requests), self._class_of(requests)[0]
+    window = min(window, len(requests))
+    with jax.set_mesh(self.mesh):
+      flight = take_off(self.model, self.params, self._begin(requests, asks), asks)
+      flight = fly(self.model, self.params, flight, asks, np.int32(_LARGEST), slots=slots, window=window)
+      return _answers(flight.decoding, requests)
+
+  def _begin(self, requests: list[Request], asks: Asks) -> Decoding:
+    slots, width, new = self._class_of(requests)
+    tokens_BT = np.zeros((len(requests), width), np.int32)
+    for row, request in zip(tokens_BT, requests, strict=True):
+      row[: len(request.tokens)] = request.tokens
+    lengths_B = np.array([len(r.tokens) for r in requests], np.int32)
+    return begin(self.model, self.params, tokens_BT, lengths_B, asks, slots=slots, places=width + new, new=new)
 
   def bytes_of(self, requests: list[Request]) -> int:
     """Memory of the cache that answering these together takes."""
