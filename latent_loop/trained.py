@@ -10,13 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from latent_loop import data
+from latent_loop import data, textfile
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
+from latent_loop.evals import exits as exit_eval
 from latent_loop.inference.engine import Engine
 from latent_loop.inference.text import request_of, text_of
 from latent_loop.metrics import read_lines
@@ -90,6 +91,15 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(one, batch)
 
 
+def _validation(config: Config, mesh: Mesh, source: data.Source) -> tuple[Batches, int]:
+  """(validation batches of a microbatch each, how many make config.eval.num_batches); raises BadInput."""
+  passes = config.train.num_microbatches
+  meshes.check_batch(config.train.batch_size, passes, mesh.shape)
+  size = config.train.batch_size // passes
+  rows = source.rows('validation')
+  return Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh)), config.eval.num_batches * passes
+
+
 def make_evaluator(
   config: Config, model: Model, mesh: Mesh, source: data.Source, depths: tuple[int, ...]
 ) -> Callable[[Params, int], dict[str, Any]]:
@@ -98,15 +108,12 @@ def make_evaluator(
   The keys of the numbers are those of depth_report.json. It reads a microbatch at a time, so what fits in
   training fits here. Raises BadInput when that does not divide over the mesh.
   """
-  passes = config.train.num_microbatches
-  meshes.check_batch(config.train.batch_size, passes, mesh.shape)
-  rows, size = source.rows('validation'), config.train.batch_size // passes
-  batches = Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh))
+  batches, count = _validation(config, mesh, source)
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
 
   def numbers(params: Params, step: int) -> dict[str, Any]:
     means = None
-    for i in range(config.eval.num_batches * passes):
+    for i in range(count):
       key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
       # Awaited each time: many steps in flight deadlock on virtual CPU devices.
       new = jax.block_until_ready(evaluate(params, place(batches.batch(i), mesh), key))
@@ -119,6 +126,22 @@ def make_evaluator(
     }
 
   return numbers
+
+
+def write_exits(trained: Trained, workdir: Path, source: data.Source, depth: int) -> tuple[Path, dict[str, Any]]:
+  """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers)."""
+  batches, count = _validation(trained.config, trained.mesh, source)
+  evaluate = exit_eval.make_exit_eval(trained.model, depth)
+  parts = []
+  with jax.set_mesh(trained.mesh):
+    for i in range(count):
+      batch = batches.batch(i)
+      key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
+      parts.append((jax.device_get(evaluate(trained.params, place(batch, trained.mesh), key)), batch))
+  numbers = {'step': trained.step, **exit_eval.curves(exit_eval.flatten(parts))}
+  path = workdir / 'exits.json'
+  textfile.write(path, json.dumps(numbers, indent=1) + '\n')
+  return path, numbers
 
 
 def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any]) -> list[Path]:

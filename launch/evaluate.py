@@ -1,25 +1,35 @@
-"""Evaluates a run by depth: python -m launch.evaluate depths --workdir=runs/tiny_text [--depths=1 --depths=8]"""
+"""Evaluates a run by depth: python -m launch.evaluate depths --workdir=runs/tiny_text [--depths=1 --depths=8]
+
+exits: what each rule for stopping early saves and costs, up to one depth: ... exits --workdir=runs/tiny_text
+"""
 
 from absl import flags
 
 from launch import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
-_DEPTHS = flags.DEFINE_multi_integer('depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean')
+_DEPTHS = flags.DEFINE_multi_integer(
+  'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
+)
 
 
 def main(verb: str) -> int:
   from latent_loop import data, trained
-  from latent_loop.evals import depth as depth_eval
 
-  del verb  # there is one so far
   workdir = program.workdir_of(_WORKDIR.value)
   model = trained.load(workdir)
+  source = data.make_source(model.config)
+  return {'depths': _by_depth, 'exits': _by_exit_rule}[verb](workdir, model, source)
+
+
+def _by_depth(workdir, model, source) -> int:
+  from latent_loop import trained
+  from latent_loop.evals import depth as depth_eval
+
   mean = model.config.depth.mean
   # The report always shows 1, the mean and 4 times the mean.
   asked = depth_eval.check_depths(tuple(_DEPTHS.value)) if _DEPTHS.value else depth_eval.default_depths(mean)
   depths = tuple(sorted({*asked, 1, mean, 4 * mean}))
-  source = data.make_source(model.config)
   evaluator = trained.make_evaluator(model.config, model.model, model.mesh, source, depths)
   numbers = evaluator(model.params, model.step)
   paths = trained.write_depth_report(model, workdir, numbers)
@@ -28,5 +38,20 @@ def main(verb: str) -> int:
   return 0
 
 
+def _by_exit_rule(workdir, model, source) -> int:
+  from latent_loop import trained
+  from latent_loop.errors import BadInput
+  from latent_loop.evals import depth as depth_eval
+  from latent_loop.evals import exits as exit_eval
+
+  depths = depth_eval.check_depths(tuple(_DEPTHS.value or [model.config.depth.mean]))
+  if len(depths) > 1:
+    raise BadInput(f'--depths={list(depths)}: exits are counted up to one depth; give one')
+  path, numbers = trained.write_exits(model, workdir, source, depths[0])
+  print('\n'.join(exit_eval.table(numbers)))
+  print(f'wrote {path}')
+  return 0
+
+
 if __name__ == '__main__':
-  program.run(main, verbs=('depths',))
+  program.run(main, verbs=('depths', 'exits'))

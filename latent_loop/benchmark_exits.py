@@ -1,0 +1,79 @@
+"""What stopping early saves in seconds: a trained model at fixed depth, in step, and by continuous depth batching.
+
+The three answer the same requests, alternating in one run; predicted is what counted FLOPs (model/cost.py) allow.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from latent_loop import data, trained
+from latent_loop.benchmark import Effort, Line, Prompts
+from latent_loop.errors import BadInput
+from latent_loop.inference.engine import Answer, ExitRule, Request
+from latent_loop.inference.exits import READING
+from latent_loop.model import cost
+
+
+def exits(
+  this: trained.Trained, rule: ExitRule, depth: int, cache: str, window: int, prompts: Prompts, effort: Effort
+) -> Iterator[Line]:
+  """A line for each way to answer; raises BadInput. Prompts are the beginnings of validation rows."""
+  rows = data.make_source(this.config).rows('validation')
+  if len(rows) < prompts.batch_size:
+    raise BadInput(f'--batch_size={prompts.batch_size}: the validation data has {len(rows)} rows; ask for fewer')
+  texts = [tuple(np.asarray(rows[i].tokens_T[: prompts.prompt_tokens]).tolist()) for i in range(prompts.batch_size)]
+  fixed = [
+    Request(text, depth, max_new_tokens=prompts.new_tokens, temperature=1.0, seed=i) for i, text in enumerate(texts)
+  ]
+  early = [dataclasses.replace(request, exit=rule) for request in fixed]
+  engine = trained.engine_of(this, cache)
+  ways = {
+    'fixed': lambda: engine.answer(fixed),
+    'in_step': lambda: engine.answer(early),
+    'continuous': lambda: engine.answer_flying(early, window),
+  }
+  answers, seconds = {name: way() for name, way in ways.items()}, {name: [] for name in ways}
+  for _ in range(effort.rounds * effort.repeats):
+    for name, way in ways.items():
+      start = time.perf_counter()
+      way()
+      seconds[name].append(time.perf_counter() - start)
+  counted = cost.count(engine.model, prompts.prompt_tokens + prompts.new_tokens)
+  flops = {name: _flops_per_token(counted, answers[name], rule if name != 'fixed' else ExitRule()) for name in ways}
+  medians = {name: statistics.median(values) for name, values in seconds.items()}
+  for name in ways:
+    predicted, speedup = flops['fixed'] / flops[name], medians['fixed'] / medians[name]
+    yield {
+      'mode': 'exits',
+      'way': name,
+      'exit': f'{rule.kind}:{rule.value:g}:{rule.min_depth}:{rule.every}' if name != 'fixed' else 'none',
+      'depth': depth,
+      'mean_depth': _mean_depth(answers[name]),
+      'tokens_per_second': sum(len(answer.tokens) for answer in answers[name]) / medians[name],
+      'seconds_median': medians[name],
+      'seconds': seconds[name],
+      'speedup': speedup,
+      'predicted_speedup': predicted,
+      'share_of_predicted': speedup / predicted,
+      'same_tokens_as_in_step': answers[name] == answers['in_step'],
+      'batch_size': prompts.batch_size,
+      'window': window,
+      'cache': cache,
+    }
+
+
+def _mean_depth(answers: list[Answer]) -> float:
+  """Over the tokens that a rule could stop: the first of each row comes with the prompt, at full depth."""
+  return float(np.mean([depth for answer in answers for depth in answer.depths[1:]]))
+
+
+def _flops_per_token(counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
+  """Prelude, iterations, and coda and head as often as the rule reads."""
+  depth = _mean_depth(answers)
+  reads = max(1.0, (depth - rule.min_depth) / rule.every + 1) if rule.kind in READING else 1.0
+  coda = counted.outer / 2  # prelude and coda are alike but in number of layers
+  return counted.outer - coda + counted.core * depth + reads * (coda + counted.head)

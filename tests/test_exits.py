@@ -1,0 +1,58 @@
+"""What an exit rule saves and costs, counted from one unroll."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_loop.evals import exits as exit_eval
+from latent_loop.inference import exits as rules
+from tests.tiny import T, random_batch, random_params, rows_of, tiny_model
+
+R = 4
+
+
+def test_one_unroll_is_separate_runs():
+  """nll at depth r is that of a plain pass at depth r, and a value is that of the states around it."""
+  model, batch = tiny_model(), random_batch(rows=3)
+  params, key = jax.tree.map(jnp.asarray, random_params(model)), jax.random.key(0)
+  got = exit_eval.make_exit_eval(model, R)(params, batch, key)
+  rows = rows_of(batch)
+
+  @jax.jit
+  def plain(depth):
+    e_BTD = model.embed_input(params, batch.tokens_BT, rows)
+    s_BTD = model.advance(params, model.init_state(key, jnp.arange(3), T), e_BTD, rows, depth)
+    return s_BTD, jax.nn.log_softmax(model.scores(params, model.apply_coda(params, s_BTD, rows)))
+
+  (before, log_q), (after, log_p) = plain(2), plain(3)
+  nll = -np.take_along_axis(np.asarray(log_p), batch.targets_BT[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(got['nll_RBT'][2], nll, rtol=1e-5, atol=1e-6)
+  value = lambda kind: np.asarray(got['values_RBTC'][2, ..., rules.CRITERIA.index(kind)])
+  change = np.linalg.norm(after - before, axis=-1) / np.linalg.norm(after, axis=-1)
+  np.testing.assert_allclose(value('latent-diff'), change, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(value('kl'), np.sum(np.exp(log_q) * (log_q - log_p), axis=-1), rtol=1e-2, atol=1e-6)
+
+
+def test_tokens_stop_at_the_first_value_under_the_threshold():
+  values_RX = np.array([[3.0, 3.0, 0.5], [1.0, 3.0, 3.0], [2.0, 2.5, 0.1]])
+  assert exit_eval.stop_depths(values_RX, 'kl', 2.0).tolist() == [2, 3, 1]
+  assert exit_eval.stop_depths(values_RX, 'argmax-stability', 3.0).tolist() == [1, 1, 2]
+
+
+def test_the_recommended_threshold_is_the_cheapest_that_is_good_enough():
+  rng = np.random.default_rng(0)
+  tokens = 500
+  settles_X = rng.integers(1, R + 1, tokens)  # from here on the value is small and the loss is what it will be
+  t_R1 = np.arange(1, R + 1)[:, None]
+  settled_RX = t_R1 >= settles_X
+  nll_RX = np.where(settled_RX, 1.0, 2.0)
+  values_RXC = np.where(settled_RX, 0.01, 1.0)[..., None] * np.ones(len(rules.CRITERIA) - 1)
+  values_RXC[..., rules.CRITERIA.index('cosine')] = 1.0  # says nothing
+  numbers = exit_eval.curves({'nll_RX': nll_RX, 'right_RX': nll_RX < 1.5, 'values_RXC': values_RXC})
+  best = numbers['best']['kl']
+  assert best['mean_depth'] == pytest.approx(settles_X.mean()) and best['loss'] == 1.0 and best['accuracy'] == 1.0
+  assert 0.01 < best['threshold'] <= 1.0
+  cosine = numbers['best']['cosine']
+  assert cosine['mean_depth'] == R and cosine['loss'] == 1.0
+  assert any(line.startswith('kl') for line in exit_eval.table(numbers))
