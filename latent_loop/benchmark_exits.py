@@ -15,17 +15,21 @@ from latent_loop.benchmark import Effort, Line, Prompts
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Answer, ExitRule, Request
 from latent_loop.inference.exits import READING
-from latent_loop.model import cost
+from latent_loop.model import Model, cost
 
 
 def exits(
   this: trained.Trained, rule: ExitRule, depth: int, cache: str, window: int, prompts: Prompts, effort: Effort
 ) -> Iterator[Line]:
   """A line for each way to answer; raises BadInput. Prompts are the beginnings of validation rows."""
-  rows = data.make_source(this.config).rows('validation')
-  if len(rows) < prompts.batch_size:
-    raise BadInput(f'--batch_size={prompts.batch_size}: the validation data has {len(rows)} rows; ask for fewer')
-  texts = [tuple(np.asarray(rows[i].tokens_T[: prompts.prompt_tokens]).tolist()) for i in range(prompts.batch_size)]
+  rows, seq_len = data.make_source(this.config).rows('validation'), this.config.data.seq_len
+  if len(rows) < prompts.batch_size or seq_len < prompts.prompt_tokens:
+    raise BadInput(
+      f'--batch_size={prompts.batch_size} --prompt_tokens={prompts.prompt_tokens}: the validation data has {len(rows)} '
+      f'rows of {seq_len} tokens; ask for no more'
+    )
+  first = lambda row: tuple(row['tokens_BT'][: prompts.prompt_tokens].tolist())
+  texts = [first(rows[i]) for i in range(prompts.batch_size)]
   fixed = [
     Request(text, depth, max_new_tokens=prompts.new_tokens, temperature=1.0, seed=i) for i, text in enumerate(texts)
   ]
@@ -43,7 +47,10 @@ def exits(
       way()
       seconds[name].append(time.perf_counter() - start)
   counted = cost.count(engine.model, prompts.prompt_tokens + prompts.new_tokens)
-  flops = {name: _flops_per_token(counted, answers[name], rule if name != 'fixed' else ExitRule()) for name in ways}
+  flops = {
+    name: _flops_per_token(engine.model, counted, answers[name], rule if name != 'fixed' else ExitRule())
+    for name in ways
+  }
   medians = {name: statistics.median(values) for name, values in seconds.items()}
   for name in ways:
     predicted, speedup = flops['fixed'] / flops[name], medians['fixed'] / medians[name]
@@ -71,9 +78,10 @@ def _mean_depth(answers: list[Answer]) -> float:
   return float(np.mean([depth for answer in answers for depth in answer.depths[1:]]))
 
 
-def _flops_per_token(counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
+def _flops_per_token(model: Model, counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
   """Prelude, iterations, and coda and head as often as the rule reads."""
-  depth = _mean_depth(answers)
+  depth, cfg = _mean_depth(answers), model.cfg
   reads = max(1.0, (depth - rule.min_depth) / rule.every + 1) if rule.kind in READING else 1.0
-  coda = counted.outer / 2  # prelude and coda are alike but in number of layers
+  coda_share = cfg.num_coda_layers / max(cfg.num_prelude_layers + cfg.num_coda_layers, 1)
+  coda = counted.outer_blocks * coda_share + counted.outer - counted.outer_blocks
   return counted.outer - coda + counted.core * depth + reads * (coda + counted.head)

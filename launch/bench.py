@@ -2,10 +2,12 @@
 
 python -m launch.bench decode --config=experiments/bench_w256.py --depths=4 --prompt_tokens=32 --new_tokens=64
 
-One JSON line per depth. With --twin and --twin_python, the PyTorch twin runs ahead of every round, in the same run.
-One thread for both: --threads=1, or NPROC=1 in the environment, or `taskset -c 1` ahead of the command, which also
-keeps both on one core. XLA_FLAGS=--xla_cpu_multi_thread_eigen=false no longer binds JAX by itself; here it is taken as
---threads=1.
+python -m launch.bench exits --workdir=runs/tiny_text --exit=latent-diff:0.1 --cache=ring:1 --batch_size=16
+
+One JSON line per depth; for exits, one per way to answer the same requests. With --twin and --twin_python, the
+PyTorch twin runs ahead of every round, in the same run. One thread for both: --threads=1, or NPROC=1 in the
+environment, or `taskset -c 1` ahead of the command, which also keeps both on one core.
+XLA_FLAGS=--xla_cpu_multi_thread_eigen=false no longer binds JAX by itself; here it is taken as --threads=1.
 """
 
 import json
@@ -18,6 +20,12 @@ from absl import flags
 from launch import program, xla_flags
 
 _CONFIG = program.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'exits: folder of a training run')
+_EXIT = flags.DEFINE_string(
+  'exit', 'latent-diff', 'exits: KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]], as for launch.generate'
+)
+_CACHE = flags.DEFINE_string('cache', 'ring:1', 'exits: as for launch.generate')
+_WINDOW = flags.DEFINE_integer('window', 4, 'exits: rows that start their next token together')
 _DEPTHS = flags.DEFINE_multi_string('depths', None, 'train: n,k (without and with gradient); decode: depth; repeat')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'times that each depth is measured, alternating with the twin')
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'timed calls in each round')
@@ -32,6 +40,8 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 
 
 def main(verb: str) -> int:
+  if verb == 'exits':
+    return _exits()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
@@ -45,6 +55,28 @@ def main(verb: str) -> int:
   else:
     prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
     lines = benchmark.decode(config, depths, prompts, effort)
+  return _show(lines)
+
+
+def _exits() -> int:
+  workdir, depths = program.workdir_of(_WORKDIR.value), depths_of('decode', _DEPTHS.value or [])
+  xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
+  from latent_loop import benchmark, benchmark_exits, trained
+  from latent_loop.errors import BadInput
+  from latent_loop.inference.engine import ExitRule
+
+  if len(depths) > 1 or _WINDOW.value < 1:
+    raise BadInput(f'--depths={depths} --window={_WINDOW.value}: give one depth, and a window from 1')
+  model = trained.load(workdir)
+  prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
+  depth = depths[0] if depths else model.config.depth.mean
+  effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value)
+  rule = ExitRule.parse(_EXIT.value)
+  return _show(benchmark_exits.exits(model, rule, depth, _CACHE.value, _WINDOW.value, prompts, effort))
+
+
+def _show(lines) -> int:
   for line in lines:
     print(json.dumps({name: rounded(value) for name, value in line.items()}), flush=True)
   return 0
@@ -82,4 +114,4 @@ def rounded(value):
 
 
 if __name__ == '__main__':
-  program.run(main, verbs=('train', 'decode'))
+  program.run(main, verbs=('train', 'decode', 'exits'))

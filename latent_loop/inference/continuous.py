@@ -81,25 +81,16 @@ def _think(model: Model, params: Params, flight: Flight, asks: Asks, slots: Slot
   s_BTD, layers = iterate(model, params, this.cache.core, feed, flight.e_BTD, slot, thinking_B, fresh=False)
   s_BTD = jnp.where(thinking_B[:, None, None], s_BTD, this.s_BTD)
   t_B = flight.t_B + thinking_B
-  reading = Reading(this.cache.coda, jnp.zeros((len(t_B), model.cfg.vocab_size)))
-  memory, reading, leaves_B = decide(
-    model,
-    params,
-    asks.exits,
-    flight.memory,
-    reading,
-    this.s_BTD,
-    _feed(this, s_BTD, thinking_B),
-    t_B,
-    thinking_B,
-    False,
-  )
+  say = lambda coda, feed: speak(model, params, coda, feed)
+  reading = Reading(this.cache.coda, jnp.zeros((len(t_B), model.cfg.vocab_size)), flight.memory)
+  now = _feed(this, s_BTD, thinking_B)
+  reading, leaves_B = decide(say, asks.exits, reading, this.s_BTD, now, t_B, thinking_B, last=False)
   leaves_B = leaves_B & thinking_B
   layers = fill_deeper(layers, slots, t_B, feed.positions_BT, leaves_B[:, None])
   cache = Cache(this.cache.prelude, layers, reading.coda)
   # A row that waits keeps what it compares with; it is not asked again.
   return Flight(
-    dataclasses.replace(this, cache=cache, s_BTD=s_BTD), flight.e_BTD, t_B, memory, flight.left_B | leaves_B
+    dataclasses.replace(this, cache=cache, s_BTD=s_BTD), flight.e_BTD, t_B, reading.memory, flight.left_B | leaves_B
   )
 
 

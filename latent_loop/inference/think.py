@@ -78,42 +78,36 @@ def absorb(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """The coda's buffers and what it last said."""
+  """The coda's buffers, what it last said, and what the next check compares with."""
 
   coda: list[Layer]
   logits_BV: jax.Array
+  memory: Memory
 
 
 def decide(
-  model: Model,
-  params: Params,
-  exits: Exits,
-  memory: Memory,
-  reading: Reading,
-  before_BTD,
-  feed: Feed,
-  t,
-  running_B,
-  last,
-) -> tuple[Memory, Reading, jax.Array]:
-  """(memory, reading, which rows leave) after t iterations, scalar or one number per row.
+  say: Callable, exits: Exits, reading: Reading, before_BTD: jax.Array, feed: Feed, t, running_B: jax.Array, last: bool
+) -> tuple[Reading, jax.Array]:
+  """(reading, which rows leave) after t iterations, scalar or one number per row, that led to feed.s_BTD.
 
-  The coda reads all rows when one that runs has to check a prediction, and, with `last`, when none would run on.
+  say(coda, feed) -> (logits_BV, coda) reads all rows when one that runs has to check a prediction, and, with `last`,
+  when none would run on.
   """
-  memory, latent_values = rules.look(memory, before_BTD[:, 0], feed.s_BTD[:, 0])
+  memory, latent_values = rules.look(reading.memory, before_BTD[:, 0], feed.s_BTD[:, 0])
   due_B, deepest_B = exits.due(t), t >= exits.max_depth_B
   reads_B = due_B & running_B & exits.reads_B
 
-  def read(memory, reading):
-    logits_BV, coda = speak(model, params, reading.coda, feed)
-    memory, values = rules.read(memory, logits_BV, reads_B)
-    return memory, Reading(coda, logits_BV), values
+  def read(reading: Reading) -> tuple[Reading, jax.Array]:
+    logits_BV, coda = say(reading.coda, feed)
+    memory, values = rules.read(reading.memory, logits_BV, reads_B)
+    return Reading(coda, logits_BV, memory), values
 
   unread = jnp.full((len(reads_B), len(rules.READING)), jnp.inf)
   leaves_B = due_B & rules.leaves(exits, unread, latent_values) | deepest_B
   reads = jnp.any(reads_B) | (last & ~jnp.any(running_B & ~leaves_B))
-  memory, reading, values = jax.lax.cond(reads, read, lambda *same: (*same, unread), memory, reading)
-  return memory, reading, due_B & rules.leaves(exits, values, latent_values) | deepest_B
+  reading = dataclasses.replace(reading, memory=memory)
+  reading, values = jax.lax.cond(reads, read, lambda reading: (reading, unread), reading)
+  return reading, due_B & rules.leaves(exits, values, latent_values) | deepest_B
 
 
 def ponder(
@@ -129,17 +123,17 @@ def ponder(
   def core(carry, s_BTD, t, running_B):
     now = dataclasses.replace(feed, s_BTD=s_BTD)
     s_BTD, layers = iterate(model, params, carry[0], now, e_BTD, slots.of(t), running_B, fresh=False)
-    return (layers, *carry[1:]), s_BTD
+    return (layers, carry[1]), s_BTD
+
+  say = lambda coda, feed: speak(model, params, coda, feed)
 
   def leave(carry, before_BTD, s_BTD, t, running_B):
-    layers, memory, reading = carry
     now = dataclasses.replace(feed, s_BTD=s_BTD)
-    decided = decide(model, params, exits, memory, reading, before_BTD, now, t, running_B, last=True)
-    return (layers, *decided[:2]), decided[2]
+    reading, leaves_B = decide(say, exits, carry[1], before_BTD, now, t, running_B, last=True)
+    return (carry[0], reading), leaves_B
 
   V = model.cfg.vocab_size
-  reading = Reading(cache.coda, jnp.zeros((len(feed.tokens_BT), V)))
-  carry = cache.core, Memory.empty(feed.s_BTD[:, 0], V), reading
-  (layers, _, reading), s_BTD, depth_B = iterate_rows(core, leave, carry, feed.s_BTD, feed.running_B)
-  layers = fill_deeper(layers, slots, depth_B, feed.positions_BT, feed.real_BT)
-  return Cache(prelude, layers, reading.coda), s_BTD, depth_B, reading.logits_BV
+  reading = Reading(cache.coda, jnp.zeros((len(feed.tokens_BT), V)), Memory.empty(feed.s_BTD[:, 0], V))
+  carry, s_BTD, depth_B = iterate_rows(core, leave, (cache.core, reading), feed.s_BTD, feed.running_B)
+  layers = fill_deeper(carry[0], slots, depth_B, feed.positions_BT, feed.real_BT)
+  return Cache(prelude, layers, carry[1].coda), s_BTD, depth_B, carry[1].logits_BV
