@@ -1,9 +1,10 @@
-"""Tries what a run promises: python -m launch.chaos corrupt --count=200, or kill --kills=20
+"""Tries what a run promises: python -m launch.chaos corrupt --count=200, inputs --count=500, or kill --kills=20
 
 Ends with one JSON line; exit code 0 only when it says "ok": true.
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from absl import flags
 
 from launch import program
 
-_COUNT = flags.DEFINE_integer('count', 200, 'corrupt: how many accidents to checkpoints', lower_bound=1)
+_COUNT = flags.DEFINE_integer(
+  'count', 200, 'corrupt, inputs: how many accidents to checkpoints, or inputs', lower_bound=1
+)
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
@@ -38,7 +41,21 @@ def _kill(folder: Path) -> dict[str, Any]:
   return kill.kill(_KILLS.value, _SEED.value, folder, print, config)
 
 
-_VERBS = {'corrupt': _corrupt, 'kill': _kill}
+def _inputs(folder: Path) -> dict[str, Any]:
+  os.environ.update(
+    {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072',  # the default; launch.bench does not start itself anew
+    }
+  )
+  from latent_loop.chaos import inputs
+
+  return inputs.inputs(_COUNT.value, _SEED.value, folder, print)
+
+
+_VERBS = {'corrupt': _corrupt, 'inputs': _inputs, 'kill': _kill}
 
 
 if __name__ == '__main__':
