@@ -28,7 +28,7 @@ def truncate(file: Path, dice: random.Random, raw: str = '') -> str:
 
 
 def append(file: Path, dice: random.Random, raw: str = '') -> str:
-  file.write_bytes(file.read_bytes() + (raw.encode() or b'\0'))
+  file.write_bytes(file.read_bytes() + (_bytes(raw) or b'\0'))
   return 'appended'
 
 
@@ -44,8 +44,12 @@ def become_a_folder(file: Path, dice: random.Random, raw: str = '') -> str:
 
 
 def overwrite(file: Path, dice: random.Random, raw: str = '') -> str:
-  file.write_text(raw)
+  file.write_bytes(_bytes(raw))
   return 'holds something else'
+
+
+def _bytes(raw: str) -> bytes:
+  return raw.encode(errors='surrogatepass')
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
@@ -150,13 +154,5 @@ def _with_header(file: Path, change: Callable[[str], str], said: str) -> str:
 
 BYTES = (flip, truncate, append, delete, become_a_folder, overwrite)
 JSON = (set_a_value, set_a_value, set_a_value, remove_a_value, add_a_key, *BYTES)
-SAFETENSORS = (
-  edit_the_header,
-  edit_the_header,
-  edit_the_header,
-  lie_about_the_length,
-  replace_the_header,
-  flip,
-  *BYTES,
-)
+SAFETENSORS = (*[edit_the_header] * 4, *[lie_about_the_length] * 2, replace_the_header, *BYTES)
 BY_NAME = {accident.__name__: accident for accident in {*JSON, *SAFETENSORS}}

@@ -6,17 +6,23 @@ Where they are right they are cheap: a dry run, a plan that is only counted, a t
 import dataclasses
 import math
 import os
+import random
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import hypothesis
-from hypothesis import strategies as st
-
-from latent_loop.chaos import accidents
+from latent_loop.chaos import accidents, corrupt
 from latent_loop.config import Config
+from latent_loop.errors import BadInput
 
-EXPERIMENT, RUN, PROMPTS, GOLDEN = 'experiment.py', 'run', 'prompts.txt', 'golden'
+try:
+  import hypothesis
+  from hypothesis import strategies as st
+except ImportError as error:
+  raise BadInput(f'hypothesis is not installed ({error}); pip install -r launch/requirements/dev.txt') from error
+
+EXPERIMENT, PROMPTS = 'experiment.py', 'prompts.txt'
+RUN, STOPPED, GOLDEN, SHARDED = 'run', 'stopped', 'golden', 'sharded'  # STOPPED has steps to do
 _CONFIG, _WORKDIR = f'--config={EXPERIMENT}', f'--workdir={RUN}'
 _ONE_STEP = '--time_limit=0.0001'  # minutes: it saves and stops at the first chance
 
@@ -33,12 +39,15 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-  """A command line, run in a folder that holds EXPERIMENT, RUN, PROMPTS and GOLDEN, once `edits` happened to them."""
+  """A command line, run in a folder that holds the files named above, once `edits` happened to them."""
 
   kind: str
   program: str
   args: tuple[str, ...]
   edits: tuple[Edit, ...] = ()
+
+
+_CHECKPOINT_ACCIDENTS = tuple(dict.fromkeys(kind.__name__ for kind in corrupt.KINDS))
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -100,20 +109,216 @@ def keys(cls: type = Config, prefix: str = '') -> Iterator[tuple[str, Any]]:
 def overrides(draw: Callable) -> Input:
   """--config.a.b=value for every key there is."""
   args = []
-  for _ in range(draw(st.integers(1, 3))):
+  for _ in range(draw(st.integers(1, 2))):
     key, hint = draw(st.sampled_from(list(keys())))
     args.append(f'--config.{key}={draw(_value(hint))}')
-  return Input('override', 'train', (_CONFIG, '--dry_run', *args))
+  program, *rest = draw(st.sampled_from(_WITH_CONFIG))
+  return Input('override', program, (*rest, *args))
 
 
-KINDS: dict[str, tuple[Callable[[], st.SearchStrategy[Input]], float]] = {'override': (overrides, 0.3)}
+_WITH_CONFIG = (
+  *[('train', _CONFIG, '--dry_run')] * 8,
+  *[('plan', _CONFIG, '--topology=h100:8', '--json')] * 2,
+  ('train', _CONFIG, '--workdir=new', _ONE_STEP),
+)
+
+
+@st.composite
+def experiments(draw: Callable) -> Input:
+  """Experiment files: programs, which may hold anything, do anything and return anything."""
+  lines, key, hint = draw(st.sampled_from(_EXPERIMENTS)), *draw(st.sampled_from(list(keys())))
+  value = draw(st.one_of(_value(hint), _value(hint).map(repr), st.sampled_from(_PYTHON)))
+  text = lines.format(key=key, value=value) if '{' in lines else lines
+  edits = [Edit(EXPERIMENT, 'overwrite', 0, text)]
+  if draw(st.integers(0, 9)) == 0:
+    edits = [Edit(EXPERIMENT, draw(st.sampled_from([a.__name__ for a in accidents.BYTES])), draw(_SEED), '\x00')]
+  program, *rest = draw(st.sampled_from(_WITH_CONFIG[:-1]))
+  return Input('experiment', program, tuple(rest), tuple(edits))
+
+
+_HEAD = 'from latent_loop.config import Config\nfrom latent_loop.sealing import view\n\n\ndef get_config():\n'
+_EDITED = f'{_HEAD}  config = view(Config())\n  config.{{key}} = {{value}}\n  return config\n'
+_FORCED = (
+  f'{_HEAD}  config = view(Config())\n  with config.ignore_type(), config.unlocked():\n    config.{{key}} = {{value}}\n'
+  '  return config\n'
+)
+_EXPERIMENTS = (
+  *[_EDITED] * 4,
+  *[_FORCED] * 6,
+  f'{_HEAD}  config = view(Config())\n  del config.{{key}}\n  return config\n',
+  f'{_HEAD}  return {{value}}\n',
+  f'{_HEAD}  return Config()\n',
+  f'{_HEAD}  return get_config()\n',
+  f'{_HEAD}  raise SystemExit({{value}})\n',
+  f'{_HEAD}  open({{value}})\n',
+  'import nothing_of_this_name\n',
+  'config = 1 / 0\n',
+  'raise MemoryError\n',
+  'def get_config(x):\n  return x\n',
+  'get_config = 1\n',
+  '',
+)
+_PYTHON = (
+  'None',
+  'object()',
+  'lambda: 0',
+  '10**5000',
+  'float("nan")',
+  '{}',
+  '[[]]',
+  'b"x"',
+  'Config()',
+  'view(Config())',
+)
+
+
+@st.composite
+def flags(draw: Callable) -> Input:
+  """Every other flag of every program."""
+  program = draw(st.sampled_from(sorted(_FLAGS)))
+  rest, own = _FLAGS[program]
+  verb, args = draw(st.sampled_from(rest)).split(), []
+  for _ in range(draw(st.integers(1, 2))):
+    name, hint = draw(st.sampled_from(own))
+    args.append(f'--{name}={draw(_value(hint))}')
+  if draw(st.integers(0, 19)) == 0:
+    args = [draw(_text())]
+  return Input('flag', program, (*verb, *args))
+
+
+_FLAGS: dict[str, tuple[tuple[str, ...], list[tuple[str, Any]]]] = {
+  'train': (
+    (f'{_CONFIG} --dry_run', f'{_CONFIG} --workdir=new {_ONE_STEP}', f'{_CONFIG} --workdir={RUN}'),
+    [('config', str), ('workdir', str), ('profile_steps', str), ('time_limit', float), ('num_processes', int),
+     ('process_id', int), ('coordinator', str), ('cluster', str), ('wait_secs', float), ('dry_run', bool)],
+  ),
+  'evaluate': ((f'depths {_WORKDIR}', 'depths', _WORKDIR), [('workdir', str), ('depths', int)]),
+  'generate': (
+    (f'{_WORKDIR} --prompt=1+1= --max_new_tokens=4',) * 4 + (_WORKDIR, f'--prompts={PROMPTS}'),
+    [('workdir', str), ('prompts', str), ('depth', int), ('temperature', float), ('seed', int),
+     ('max_new_tokens', int)],
+  ),
+  'verify': (('',), [('golden', str)]),
+  'plan': (
+    (_CONFIG, f'{_CONFIG} --topology=h100:8', f'{_CONFIG} --topology=h100:8 --json'),
+    [('topology', Literal['h100:0', 'h100:1', 'h100:9999999999', 'v5p:', 'v5p:1x1x0', 'v9:4', 'cpu:9', 'cpu:0', 'v5e:7x9',
+                          'h200:8x8', 'v4:2x2x999999']), ('slices', int), ('global_batch', int), ('dump_hlo', str)],
+  ),
+  'checkpoint': (
+    (f'list {_WORKDIR}', f'verify {_WORKDIR}', f'diff {_WORKDIR}', f'diff {_WORKDIR} --steps=2', 'list', _WORKDIR),
+    [('workdir', str), ('other', str), ('steps', int)],
+  ),
+  'bench': (
+    (f'train {_CONFIG}', f'decode {_CONFIG}', _CONFIG),
+    # At least one that is refused: a whole benchmark takes too long.
+    [('depths', Literal['0', '0,0', '-1,1', 'a', '1,1,1', ',', '9' * 5000, '\u00b2,1', '']), ('threads', Literal['0', 'x']),
+     ('twin_python', str), ('rounds', Literal['x']), ('config', str), ('repeats', Literal['1.5'])],
+  ),
+}  # fmt: skip
+
+
+@st.composite
+def workdirs(draw: Callable) -> Input:
+  """What a user may have done to the files of a run."""
+  workdir = draw(st.sampled_from([RUN, STOPPED, STOPPED]))
+  name = draw(
+    st.sampled_from(['config.json'] * 4 + ['versions.json', 'metrics.jsonl', 'evals.jsonl'] * 2 + ['depth_report.json'])
+  )
+  program, *args = draw(st.sampled_from(_ON_A_RUN))
+  edit = draw(_edit(f'{RUN if name == "depth_report.json" else workdir}/{name}', accidents.JSON))
+  return Input('workdir', program, tuple(arg.replace('WORKDIR', workdir) for arg in args), (edit,))
+
+
+_ON_A_RUN = (
+  *[('train', _CONFIG, '--workdir=WORKDIR', _ONE_STEP)] * 3,
+  ('evaluate', 'depths', '--workdir=WORKDIR', '--depths=3'),
+  ('generate', '--workdir=WORKDIR', '--prompt=1+1=', '--max_new_tokens=3'),
+  ('checkpoint', 'list', '--workdir=WORKDIR'),
+  ('checkpoint', 'verify', '--workdir=WORKDIR'),
+  ('checkpoint', 'diff', f'--workdir={RUN}', f'--other={STOPPED}'),
+)
+
+
+@st.composite
+def checkpoints(draw: Callable) -> Input:
+  """The accidents of launch.chaos corrupt, here to be met by every program that reads a checkpoint."""
+  accident = draw(st.sampled_from(_CHECKPOINT_ACCIDENTS))
+  edits = [Edit(f'{RUN}/checkpoints/4', accident, draw(_SEED), '')]
+  if draw(st.booleans()):
+    edits.append(Edit(f'{RUN}/checkpoints/2', draw(st.sampled_from(_CHECKPOINT_ACCIDENTS)), draw(_SEED), ''))
+  program, *args = draw(st.sampled_from(_ON_A_RUN))
+  return Input('checkpoint', program, tuple(arg.replace('WORKDIR', RUN) for arg in args), tuple(edits))
+
+
+@st.composite
+def goldens(draw: Callable) -> Input:
+  """Weights and numbers from elsewhere: safetensors files, whose headers may say anything, and JSON beside them."""
+  folder = draw(st.sampled_from([GOLDEN, SHARDED]))
+  names = [name for name in _GOLDEN_FILES if folder == GOLDEN or name != 'model.safetensors']
+  name = draw(st.sampled_from(names if folder == GOLDEN else [*names, *_SHARDED_FILES * 3]))
+  kinds = accidents.SAFETENSORS if name.endswith('.safetensors') else accidents.JSON
+  return Input('safetensors', 'verify', (f'--golden={folder}',), (draw(_edit(f'{folder}/{name}', kinds)),))
+
+
+_GOLDEN_FILES = (
+  *['model.safetensors'] * 4, *['config.json'] * 4, *['forward.safetensors'] * 2, 'optimizer.safetensors', 'optimizer.json',
+)  # fmt: skip
+_SHARDED_FILES = ('model.safetensors.index.json', 'model-1.safetensors')
+
+
+@st.composite
+def prompts(draw: Callable) -> Input:
+  """Prompt files and prompts."""
+  args = (_WORKDIR, '--max_new_tokens=3')
+  if draw(st.booleans()):
+    lines = draw(st.lists(st.text(max_size=12), max_size=4))
+    raw = draw(st.one_of(st.just('\n'.join(lines)), st.just('\n'.join(lines)), st.sampled_from(_PROMPTS)))
+    edits = [Edit(PROMPTS, 'overwrite', 0, raw)]
+    if draw(st.booleans()):
+      edits.append(draw(_edit(PROMPTS, accidents.BYTES)))
+    return Input('prompt', 'generate', (*args, f'--prompts={PROMPTS}'), tuple(edits))
+  return Input('prompt', 'generate', (*args, f'--prompt={draw(_text())}'))
+
+
+_PROMPTS = (
+  '',
+  '\n',
+  '\n' * 40,
+  '\0',
+  'a\0b',
+  '\ufeffx',
+  'x' * 5_000_000,
+  'a\n' * 100_000,
+  '\r\n',
+  '\x85',
+  '\u2028a',
+  '\udcff',
+)
+
+_SEED = st.integers(0, 2**32)
+
+
+def _edit(file: str, kinds: tuple) -> st.SearchStrategy[Edit]:
+  return st.builds(Edit, st.just(file), st.sampled_from([kind.__name__ for kind in kinds]), _SEED, _raw())
+
+
+KINDS: dict[str, tuple[Callable[[], st.SearchStrategy[Input]], float]] = {
+  'override': (overrides, 0.30),
+  'experiment': (experiments, 0.12),
+  'flag': (flags, 0.18),
+  'workdir': (workdirs, 0.12),
+  'checkpoint': (checkpoints, 0.06),
+  'safetensors': (goldens, 0.16),
+  'prompt': (prompts, 0.06),
+}
 
 
 def draw(count: int, seed: int) -> list[Input]:
-  """`count` inputs, each kind its share; the same for the same seed."""
-  total, drawn = sum(share for _, share in KINDS.values()), []
+  """At least `count` inputs, each kind its share, well mixed; the same for the same seed."""
+  drawn = []
   for make, share in KINDS.values():
-    drawn += _draw(make(), math.ceil(count * share / total), seed)
+    drawn += _draw(make(), math.ceil(count * share), seed)
+  random.Random(seed).shuffle(drawn)
   return drawn
 
 
@@ -130,7 +335,8 @@ def _draw(strategy: st.SearchStrategy[Input], count: int, seed: int) -> list[Inp
   )
   @hypothesis.given(strategy)
   def take(one: Input) -> None:
-    drawn.append(one)
+    if one not in drawn:
+      drawn.append(one)
 
   take()
   return drawn[:count]

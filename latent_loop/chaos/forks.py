@@ -97,13 +97,14 @@ def become(request: dict[str, Any]) -> None:
 
 
 if __name__ == '__main__':
+  from ml_collections import config_flags  # noqa: F401
+
   import latent_loop.benchmark
   import latent_loop.checkpoint.inspect
   import latent_loop.dry_run
   import latent_loop.interop.verify
   import latent_loop.loop
   import latent_loop.planner  # noqa: F401
-  from ml_collections import config_flags  # noqa: F401
 
   todo = serve()
   if todo is not None:

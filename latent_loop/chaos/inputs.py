@@ -12,84 +12,153 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latent_loop.chaos import accidents, small
+from latent_loop.chaos import accidents, corrupt, drawn, small
+from latent_loop.chaos.drawn import Edit, Input
 from latent_loop.chaos.forks import Ended, Programs
+from latent_loop.config import Config
 from latent_loop.errors import BadInput
-from latent_loop.exit_codes import BAD_INPUT, DONE, NON_FINITE, PREEMPTED, SAVE_FAILED
+from latent_loop.exit_codes import BAD_INPUT, BUG, DONE, NON_FINITE, PREEMPTED, SAVE_FAILED
+from latent_loop.interop.files import tensor_shapes
+
+CHECKPOINT_ACCIDENTS = {kind.__name__: kind for kind in corrupt.KINDS}
 
 _LIMIT_SECS = 120.0
-_TRAINING_MAY_END_WITH = {PREEMPTED, NON_FINITE, SAVE_FAILED}
+# `verify` ends with 1 where numbers differ; it says so in its JSON line.
+_MAY_END_WITH = {'train': {PREEMPTED, NON_FINITE, SAVE_FAILED}, 'verify': {BUG}}
+_WRITTEN_ANEW = {
+  'config.json',
+  'metrics.jsonl',
+  'evals.jsonl',
+  'samples.txt',
+  *(f'depth_report.{e}' for e in ('json', 'html', 'png')),
+}
+_GOLDEN = Path(__file__).parents[2] / 'tests/golden/huginn_tiny'
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """done: what happened to the files. faults: what is wrong with how the program ended."""
+
+  ended: Ended
+  done: list[str]
+  faults: list[str]
 
 
 class Trials:
-  """The files that inputs are about, made once; each trial has its own copy of them."""
+  """The files that inputs are about, made once; each trial has its own copy of those it names."""
 
   def __init__(self, folder: Path, programs: Programs):
-    self._programs, self._folder, self.pristine = programs, folder, folder / 'pristine'
-    self.pristine.mkdir()
-    small.write_experiment(small_config(), self.pristine / 'experiment.py')
+    self._programs, self._folder, self._pristine = programs, folder, folder / 'pristine'
+    here = self._pristine
+    here.mkdir()
+    small.write_experiment(small_config(), here / drawn.EXPERIMENT)
+    (here / drawn.PROMPTS).write_text('1+1=\n2+3=\n')
+    ended = programs.run('train', (f'--config={drawn.EXPERIMENT}', f'--workdir={drawn.RUN}'), here, _LIMIT_SECS)
+    if ended.code != DONE:
+      raise BadInput(f'the run that nobody harmed ended with code {ended.code}: {ended.complained[-600:]}')
+    shutil.copytree(here / drawn.RUN, here / drawn.STOPPED, ignore=shutil.ignore_patterns('4', 'depth_report.*'))
+    shutil.copytree(_GOLDEN, here / drawn.GOLDEN, ignore=shutil.ignore_patterns('grads.*'))  # they take long
+    shutil.copytree(here / drawn.GOLDEN, here / drawn.SHARDED, ignore=shutil.ignore_patterns('optimizer.*'))
+    shard = here / drawn.SHARDED / 'model-1.safetensors'
+    (here / drawn.SHARDED / 'model.safetensors').rename(shard)
+    index = {'weight_map': dict.fromkeys(tensor_shapes(shard), shard.name)}
+    (here / drawn.SHARDED / 'model.safetensors.index.json').write_text(json.dumps(index))
 
-  def run(self, one: Any, limit_secs: float = _LIMIT_SECS) -> tuple[list[str], Ended, list[str]]:
-    """(what is wrong with how it ended, how it ended, what was done to the files)."""
+  def run(self, one: Input, limit_secs: float = _LIMIT_SECS) -> Outcome:
     trial = self._folder / 'trial'
-    shutil.copytree(self.pristine, trial)
-    done = [accidents.BY_NAME[e.accident](trial / e.file, random.Random(e.seed), e.raw) for e in one.edits]
+    trial.mkdir()
+    named = ' '.join([*one.args, *(edit.file for edit in one.edits)])
+    for path in self._pristine.iterdir():
+      if path.name in named:
+        shutil.copytree(path, trial / path.name) if path.is_dir() else shutil.copy(path, trial)
+    done = [self._happen(edit, trial) for edit in one.edits]
     before = _hashes(trial)
     ended = self._programs.run(one.program, one.args, trial, limit_secs)
-    lost = before.keys() - _hashes(trial).keys()
-    found = faults(one, ended) + [f'lost file: {before[digest]}' for digest in sorted(lost)]
+    found = faults(one, ended) + lost_files(ended, before, trial)
     shutil.rmtree(trial)
-    return found, ended, done
+    return Outcome(ended, done, found)
+
+  def _happen(self, edit: Edit, trial: Path) -> str:
+    dice, file = random.Random(edit.seed), trial / edit.file
+    if edit.accident in CHECKPOINT_ACCIDENTS:
+      return CHECKPOINT_ACCIDENTS[edit.accident](file, self._pristine / drawn.RUN / 'checkpoints', dice)
+    return accidents.BY_NAME[edit.accident](file, dice, edit.raw)
 
 
-def small_config():
-  return small.small_config(**{'name': 'chaos_inputs', 'train.num_steps': 4, 'checkpoint.every_steps': 2})
+def small_config() -> Config:
+  return small.small_config(**{'name': 'chaos_inputs', 'train.num_steps': 4, 'checkpoint.every_steps': 2,
+                               'eval.every_steps': 2})  # fmt: skip
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-  """Hash of its bytes -> name, of every file."""
+  """Name -> hash of its bytes, of every file."""
   files = [path for path in folder.rglob('*') if path.is_file()]
-  return {hashlib.sha256(path.read_bytes()).hexdigest(): str(path.relative_to(folder)) for path in files}
+  return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def faults(one: Any, ended: Ended) -> list[str]:
+def lost_files(ended: Ended, before: dict[str, str], trial: Path) -> list[str]:
+  """Files whose bytes are nowhere any more, but those that a program that did its work writes anew."""
+  there = set(_hashes(trial).values())
+  lost = [name for name, digest in before.items() if digest not in there]
+  if ended.code in (DONE, PREEMPTED):
+    lost = [name for name in lost if Path(name).name not in _WRITTEN_ANEW or not (trial / name).exists()]
+  return [f'lost file: {name}' for name in lost]
+
+
+def faults(one: Input, ended: Ended) -> list[str]:
   """What a user must not see."""
   if ended.code is None:
     return [f'hang: still running after {ended.secs:.0f} s']
   out = []
   if 'Traceback (most recent call last)' in ended.said + ended.complained:
     out.append('traceback')
-  allowed = {DONE, BAD_INPUT} | (_TRAINING_MAY_END_WITH if one.program == 'train' else set())
-  if ended.code not in allowed:
-    out.append(f'exit code {ended.code}')
+  if ended.code not in _MAY_END_WITH.get(one.program, set()) | {DONE, BAD_INPUT}:
+    out.append(f'exit code: {ended.code}')
+  if ended.code == BUG and '"ok": false' not in ended.said:
+    out.append('no result')
   if ended.code == BAD_INPUT:
-    sentences = [line for line in ended.complained.splitlines() if line.startswith('error: ')]
-    if len(sentences) != 1 or not ended.complained.rstrip().endswith(sentences[0].rstrip()):
-      out.append('not one sentence')
+    lines = [line for line in ended.complained.splitlines() if not line.startswith('warning: ')]
+    if len(lines) != 1 or not lines[0].startswith('error: '):
+      out.append('no sentence')
+    elif not any(name in lines[0] for name in _names(one)):
+      out.append('unclear sentence: it does not say what is wrong')
   return out
+
+
+def _names(one: Input) -> list[str]:
+  """What was drawn, by the names that a sentence about it may use."""
+  flags = [re.split('[=.]', arg.lstrip('-'))[-1 if arg.startswith('--config.') else 0] for arg in one.args]
+  keys = [arg.partition('=')[0].removeprefix('--config.').split('.')[0] for arg in one.args if '--config.' in arg]
+  return [Path(edit.file).name for edit in one.edits] or [*flags, *keys]
 
 
 def inputs(count: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
   """`count` inputs, counted by kind and exit code; every fault is said, with the input."""
-  try:
-    from latent_loop.chaos import drawn
-  except ImportError as error:
-    raise BadInput(f'hypothesis is missing ({error}); pip install -r launch/requirements/dev.txt') from error
-  began, codes, found = time.perf_counter(), collections.defaultdict(collections.Counter), collections.Counter()
+  began, codes = time.perf_counter(), collections.defaultdict(collections.Counter)
+  found, secs = collections.Counter(), collections.Counter()
   with Programs(folder) as programs:
     trials = Trials(folder, programs)
     for number, one in enumerate(drawn.draw(count, seed)):
-      wrong, ended, done = trials.run(one)
-      codes[one.kind][str(ended.code)] += 1
-      if wrong:
-        found.update(re.split('[:]', fault)[0] for fault in wrong)
-        say(json.dumps({'input': number, 'faults': wrong, **dataclasses.asdict(one), 'done': done,
-                        'stderr': ended.complained[-2000:], 'secs': ended.secs}))  # fmt: skip
+      outcome = trials.run(one)
+      codes[one.kind][str(outcome.ended.code)] += 1
+      secs[one.kind] += outcome.ended.secs
+      if outcome.faults:
+        found.update(fault.partition(':')[0] for fault in outcome.faults)
+        say(_report(number, one, outcome))
   return {
     'ok': not found,
     'inputs': sum(sum(counts.values()) for counts in codes.values()),
     'faults': dict(found),
     'exit_codes': {kind: dict(counts) for kind, counts in codes.items()},
+    'seconds_by_kind': {kind: round(spent) for kind, spent in secs.items()},
     'seed': seed,
     'seconds': round(time.perf_counter() - began, 1),
   }
+
+
+def _report(number: int, one: Input, outcome: Outcome) -> str:
+  """What reproduces a fault: the arguments, and what happened to which file."""
+  ended = {'code': outcome.ended.code, 'secs': round(outcome.ended.secs, 1), 'stderr': outcome.ended.complained[-3000:]}
+  return json.dumps(
+    {'input': number, 'faults': outcome.faults, **dataclasses.asdict(one), 'done': outcome.done, **ended}
+  )
