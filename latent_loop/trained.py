@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from latent_loop import data
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
-from latent_loop.config import Config, MeshConfig
+from latent_loop.config import LARGEST, Config, MeshConfig
 from latent_loop.data import tokenizer
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -29,7 +29,7 @@ from latent_loop.step import make_sharded_state
 from latent_loop.workdir import read_config
 
 VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run
-_LARGEST = 2**31 - 1
+_MOST_TOKENS = 2**22  # rows of a sample times their length; each token costs a pass over all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +135,8 @@ def sample(
   if not prompts:
     raise BadInput('--prompt: no prompt given; give --prompt=TEXT or --prompts=FILE with one per line')
   for flag, value, low in (('--depth', depth, 1), ('--max_new_tokens', new_tokens, 1), ('--seed', seed, 0)):
-    if not low <= value <= _LARGEST:
-      raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {_LARGEST}')
+    if not low <= value <= LARGEST:
+      raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {LARGEST}')
   if not (math.isfinite(temperature) and temperature >= 0):
     raise BadInput(f'--temperature={temperature}: not a number from 0 (greedy) up; 0.7 is usual')
   try:
@@ -144,6 +144,11 @@ def sample(
   except UnicodeEncodeError as error:
     raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
   width = max(map(len, encoded)) + new_tokens
+  if len(encoded) * width > _MOST_TOKENS:
+    raise BadInput(
+      f'{len(encoded)} prompts and --max_new_tokens={new_tokens} make {len(encoded)} rows of {width} tokens, more than '
+      f'{_MOST_TOKENS} in all; give fewer or shorter prompts, or ask for fewer tokens'
+    )
   tokens = jax.numpy.array([row + [tokenizer.PAD] * (width - len(row)) for row in encoded])
   lengths = jax.numpy.array([len(row) for row in encoded])
   with jax.set_mesh(trained.mesh):
