@@ -5,6 +5,7 @@ forked from has never started a JAX backend, whose threads a fork would lose.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -33,16 +34,16 @@ class Ended:
 
 
 class Programs:
-  """Starts programs; close it."""
+  """Starts one program after the other, their output in `folder`; close it."""
 
   def __init__(self, folder: Path):
-    self._log = folder
+    self.folder = folder
     command = [sys.executable, '-m', 'latent_loop.chaos.forks']
     self._server = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
   def run(self, program: str, args: tuple[str, ...], folder: Path, limit_secs: float) -> Ended:
     """`python -m launch.PROGRAM ARGS` in `folder`, killed after `limit_secs`."""
-    logs = [str(self._log / name) for name in ('stdout', 'stderr')]
+    logs = [str(self.folder / name) for name in ('stdout', 'stderr')]
     request = {'program': program, 'args': args, 'folder': str(folder), 'limit_secs': limit_secs, 'logs': logs}
     print(json.dumps(request), file=self._server.stdin, flush=True)
     ended = json.loads(self._server.stdout.readline())
@@ -106,6 +107,7 @@ if __name__ == '__main__':
   import latent_loop.loop
   import latent_loop.planner  # noqa: F401
 
+  gc.freeze()  # a collection in a child would copy every page that it visits
   todo = serve()
   if todo is not None:
     become(todo)

@@ -1,14 +1,17 @@
 """Bad inputs by the hundred, each to a real program: does it end with a sentence, and is every file still there?"""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
+import queue
 import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from latent_loop.interop.files import tensor_shapes
 CHECKPOINT_ACCIDENTS = {kind.__name__: kind for kind in corrupt.KINDS}
 
 _LIMIT_SECS = 120.0
+_AT_ONCE = 2
 # `verify` ends with 1 where numbers differ; it says so in its JSON line.
 _MAY_END_WITH = {'train': {PREEMPTED, NON_FINITE, SAVE_FAILED}, 'verify': {BUG}}
 _WRITTEN_ANEW = {
@@ -48,7 +52,7 @@ class Trials:
   """The files that inputs are about, made once; each trial has its own copy of those it names."""
 
   def __init__(self, folder: Path, programs: Programs):
-    self._programs, self._folder, self._pristine = programs, folder, folder / 'pristine'
+    self._pristine = folder / 'pristine'
     here = self._pristine
     here.mkdir()
     small.write_experiment(small_config(), here / drawn.EXPERIMENT)
@@ -64,8 +68,8 @@ class Trials:
     index = {'weight_map': dict.fromkeys(tensor_shapes(shard), shard.name)}
     (here / drawn.SHARDED / 'model.safetensors.index.json').write_text(json.dumps(index))
 
-  def run(self, one: Input, limit_secs: float = _LIMIT_SECS) -> Outcome:
-    trial = self._folder / 'trial'
+  def run(self, one: Input, programs: Programs, limit_secs: float = _LIMIT_SECS) -> Outcome:
+    trial = programs.folder / 'trial'
     trial.mkdir()
     named = ' '.join([*one.args, *(edit.file for edit in one.edits)])
     for path in self._pristine.iterdir():
@@ -73,7 +77,7 @@ class Trials:
         shutil.copytree(path, trial / path.name) if path.is_dir() else shutil.copy(path, trial)
     done = [self._happen(edit, trial) for edit in one.edits]
     before = _hashes(trial)
-    ended = self._programs.run(one.program, one.args, trial, limit_secs)
+    ended = programs.run(one.program, one.args, trial, limit_secs)
     found = faults(one, ended) + lost_files(ended, before, trial)
     shutil.rmtree(trial)
     return Outcome(ended, done, found)
@@ -117,34 +121,56 @@ def faults(one: Input, ended: Ended) -> list[str]:
   if ended.code == BUG and '"ok": false' not in ended.said:
     out.append('no result')
   if ended.code == BAD_INPUT:
-    lines = [line for line in ended.complained.splitlines() if not line.startswith('warning: ')]
-    if len(lines) != 1 or not lines[0].startswith('error: '):
+    *before, last = ended.complained.rstrip('\n').split('\n')
+    if not last.startswith('error: ') or any(line.startswith('error: ') for line in before):
       out.append('no sentence')
-    elif not any(name in lines[0] for name in _names(one)):
+    elif not any(name in last for name in _names(one)):
       out.append('unclear sentence: it does not say what is wrong')
   return out
+
+
+_MISSING = ('--workdir', '--prompt', '--config', '--topology', 'verb', 'belongs to no flag')  # what may be wrong beside
 
 
 def _names(one: Input) -> list[str]:
   """What was drawn, by the names that a sentence about it may use."""
   flags = [re.split('[=.]', arg.lstrip('-'))[-1 if arg.startswith('--config.') else 0] for arg in one.args]
   keys = [arg.partition('=')[0].removeprefix('--config.').split('.')[0] for arg in one.args if '--config.' in arg]
-  return [Path(edit.file).name for edit in one.edits] or [*flags, *keys]
+  files = [part for edit in one.edits for part in Path(edit.file).parts[1:] or (edit.file, 'config.')]
+  return files or [*flags, *keys, *_MISSING]
+
+
+def run_all(todo: list[tuple[int, Input]], folder: Path) -> Iterator[tuple[int, Input, Outcome]]:
+  """(number, input, outcome) of each, two at a time."""
+  with contextlib.ExitStack() as stack:
+    free: queue.SimpleQueue[Programs] = queue.SimpleQueue()
+    for i in range(_AT_ONCE):
+      (folder / f'{i}').mkdir()
+      free.put(stack.enter_context(Programs(folder / f'{i}')))
+    programs = free.get()
+    trials = Trials(folder, programs)
+    free.put(programs)
+
+    def run(numbered: tuple[int, Input]) -> tuple[int, Input, Outcome]:
+      programs = free.get()
+      try:
+        return *numbered, trials.run(numbered[1], programs)
+      finally:
+        free.put(programs)
+
+    yield from stack.enter_context(concurrent.futures.ThreadPoolExecutor(_AT_ONCE)).map(run, todo)
 
 
 def inputs(count: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
   """`count` inputs, counted by kind and exit code; every fault is said, with the input."""
   began, codes = time.perf_counter(), collections.defaultdict(collections.Counter)
   found, secs = collections.Counter(), collections.Counter()
-  with Programs(folder) as programs:
-    trials = Trials(folder, programs)
-    for number, one in enumerate(drawn.draw(count, seed)):
-      outcome = trials.run(one)
-      codes[one.kind][str(outcome.ended.code)] += 1
-      secs[one.kind] += outcome.ended.secs
-      if outcome.faults:
-        found.update(fault.partition(':')[0] for fault in outcome.faults)
-        say(_report(number, one, outcome))
+  for number, one, outcome in run_all(list(enumerate(drawn.draw(count, seed))), folder):
+    codes[one.kind][str(outcome.ended.code)] += 1
+    secs[one.kind] += outcome.ended.secs
+    if outcome.faults:
+      found.update(fault.partition(':')[0] for fault in outcome.faults)
+      say(_report(number, one, outcome))
   return {
     'ok': not found,
     'inputs': sum(sum(counts.values()) for counts in codes.values()),

@@ -18,8 +18,8 @@ def check_batch(config: Config) -> None:
   needed, capacity = rows * config.data.seq_len * _BYTES_PER_TOKEN, _host_bytes()
   if needed > capacity:
     raise BadInput(
-      f'config.train.batch_size={config.train.batch_size} with config.data.seq_len={config.data.seq_len}: a batch takes '
-      f'{_gib(needed)} in each process, and the machine has {_gib(capacity)}; lower one of them'
+      f'config.train.batch_size={config.train.batch_size} with config.data.seq_len={config.data.seq_len}: a batch '
+      f'takes {_gib(needed)} in each process, and the machine has {_gib(capacity)}; lower one of them'
     )
 
 
