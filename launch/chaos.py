@@ -3,6 +3,7 @@
 Ends with one JSON line; exit code 0 only when it says "ok": true.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -18,6 +19,7 @@ _COUNT = flags.DEFINE_integer(
 )
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one
+_ONLY = flags.DEFINE_integer('only', None, 'inputs: try only that of this number, and show what it prints')
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
 
 
@@ -52,7 +54,7 @@ def _inputs(folder: Path) -> dict[str, Any]:
   )
   from latent_loop.chaos import inputs
 
-  return inputs.inputs(_COUNT.value, _SEED.value, folder, print)
+  return inputs.inputs(_COUNT.value, _SEED.value, folder, functools.partial(print, flush=True), _ONLY.value)
 
 
 _VERBS = {'corrupt': _corrupt, 'inputs': _inputs, 'kill': _kill}

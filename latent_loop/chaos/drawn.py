@@ -23,6 +23,7 @@ except ImportError as error:
 
 EXPERIMENT, PROMPTS = 'experiment.py', 'prompts.txt'
 RUN, STOPPED, GOLDEN, SHARDED = 'run', 'stopped', 'golden', 'sharded'  # STOPPED has steps to do
+NAMES = (EXPERIMENT, PROMPTS, RUN, STOPPED, GOLDEN, SHARDED)
 _CONFIG, _WORKDIR = f'--config={EXPERIMENT}', f'--workdir={RUN}'
 _ONE_STEP = '--time_limit=0.0001'  # minutes: it saves and stops at the first chance
 

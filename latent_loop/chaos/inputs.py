@@ -49,35 +49,20 @@ class Outcome:
 
 
 class Trials:
-  """The files that inputs are about, made once; each trial has its own copy of those it names."""
+  """Trials of inputs; each has its own copy of the files that it names, which lie in `pristine`."""
 
-  def __init__(self, folder: Path, programs: Programs):
-    self._pristine = folder / 'pristine'
-    here = self._pristine
-    here.mkdir()
-    small.write_experiment(small_config(), here / drawn.EXPERIMENT)
-    (here / drawn.PROMPTS).write_text('1+1=\n2+3=\n')
-    ended = programs.run('train', (f'--config={drawn.EXPERIMENT}', f'--workdir={drawn.RUN}'), here, _LIMIT_SECS)
-    if ended.code != DONE:
-      raise BadInput(f'the run that nobody harmed ended with code {ended.code}: {ended.complained[-600:]}')
-    shutil.copytree(here / drawn.RUN, here / drawn.STOPPED, ignore=shutil.ignore_patterns('4', 'depth_report.*'))
-    shutil.copytree(_GOLDEN, here / drawn.GOLDEN, ignore=shutil.ignore_patterns('grads.*'))  # they take long
-    shutil.copytree(here / drawn.GOLDEN, here / drawn.SHARDED, ignore=shutil.ignore_patterns('optimizer.*'))
-    shard = here / drawn.SHARDED / 'model-1.safetensors'
-    (here / drawn.SHARDED / 'model.safetensors').rename(shard)
-    index = {'weight_map': dict.fromkeys(tensor_shapes(shard), shard.name)}
-    (here / drawn.SHARDED / 'model.safetensors.index.json').write_text(json.dumps(index))
+  def __init__(self, pristine: Path, limit_secs: float = _LIMIT_SECS):
+    self._pristine, self._limit_secs = pristine, limit_secs
 
-  def run(self, one: Input, programs: Programs, limit_secs: float = _LIMIT_SECS) -> Outcome:
+  def run(self, one: Input, programs: Programs) -> Outcome:
     trial = programs.folder / 'trial'
     trial.mkdir()
-    named = ' '.join([*one.args, *(edit.file for edit in one.edits)])
     for path in self._pristine.iterdir():
-      if path.name in named:
+      if path.name in names_used([one]):
         shutil.copytree(path, trial / path.name) if path.is_dir() else shutil.copy(path, trial)
     done = [self._happen(edit, trial) for edit in one.edits]
     before = _hashes(trial)
-    ended = programs.run(one.program, one.args, trial, limit_secs)
+    ended = programs.run(one.program, one.args, trial, self._limit_secs)
     found = faults(one, ended) + lost_files(ended, before, trial)
     shutil.rmtree(trial)
     return Outcome(ended, done, found)
@@ -87,6 +72,31 @@ class Trials:
     if edit.accident in CHECKPOINT_ACCIDENTS:
       return CHECKPOINT_ACCIDENTS[edit.accident](file, self._pristine / drawn.RUN / 'checkpoints', dice)
     return accidents.BY_NAME[edit.accident](file, dice, edit.raw)
+
+
+def names_used(inputs: list[Input]) -> set[str]:
+  """Which of the files and folders that inputs are about these name."""
+  texts = [text for one in inputs for text in (*one.args, *(edit.file for edit in one.edits))]
+  return {name for name in drawn.NAMES if any(name in text for text in texts)}
+
+
+def make_pristine(here: Path, programs: Programs, names: set[str]) -> None:
+  """The files and folders of these names, unharmed, in `here`."""
+  here.mkdir()
+  small.write_experiment(small_config(), here / drawn.EXPERIMENT)
+  (here / drawn.PROMPTS).write_text('1+1=\n2+3=\n')
+  if names & {drawn.RUN, drawn.STOPPED}:
+    ended = programs.run('train', (f'--config={drawn.EXPERIMENT}', f'--workdir={drawn.RUN}'), here, _LIMIT_SECS)
+    if ended.code != DONE:
+      raise BadInput(f'the run that nobody harmed ended with code {ended.code}: {ended.complained[-600:]}')
+    shutil.copytree(here / drawn.RUN, here / drawn.STOPPED, ignore=shutil.ignore_patterns('4', 'depth_report.*'))
+  if names & {drawn.GOLDEN, drawn.SHARDED}:
+    shutil.copytree(_GOLDEN, here / drawn.GOLDEN, ignore=shutil.ignore_patterns('grads.*'))  # they take long
+    shutil.copytree(here / drawn.GOLDEN, here / drawn.SHARDED, ignore=shutil.ignore_patterns('optimizer.*'))
+    shard = here / drawn.SHARDED / 'model-1.safetensors'
+    (here / drawn.SHARDED / 'model.safetensors').rename(shard)
+    index = {'weight_map': dict.fromkeys(tensor_shapes(shard), shard.name)}
+    (here / drawn.SHARDED / 'model.safetensors.index.json').write_text(json.dumps(index))
 
 
 def small_config() -> Config:
@@ -136,7 +146,8 @@ def _names(one: Input) -> list[str]:
   """What was drawn, by the names that a sentence about it may use."""
   flags = [re.split('[=.]', arg.lstrip('-'))[-1 if arg.startswith('--config.') else 0] for arg in one.args]
   keys = [arg.partition('=')[0].removeprefix('--config.').split('.')[0] for arg in one.args if '--config.' in arg]
-  files = [part for edit in one.edits for part in Path(edit.file).parts[1:] or (edit.file, 'config.')]
+  files = [part for edit in one.edits for part in Path(edit.file).parts[one.kind != 'safetensors' :]]
+  files += ['config'] if one.kind == 'experiment' else []  # a key of it
   return files or [*flags, *keys, *_MISSING]
 
 
@@ -148,8 +159,9 @@ def run_all(todo: list[tuple[int, Input]], folder: Path) -> Iterator[tuple[int, 
       (folder / f'{i}').mkdir()
       free.put(stack.enter_context(Programs(folder / f'{i}')))
     programs = free.get()
-    trials = Trials(folder, programs)
+    make_pristine(folder / 'pristine', programs, names_used([one for _, one in todo]))
     free.put(programs)
+    trials = Trials(folder / 'pristine')
 
     def run(numbered: tuple[int, Input]) -> tuple[int, Input, Outcome]:
       programs = free.get()
@@ -161,13 +173,16 @@ def run_all(todo: list[tuple[int, Input]], folder: Path) -> Iterator[tuple[int, 
     yield from stack.enter_context(concurrent.futures.ThreadPoolExecutor(_AT_ONCE)).map(run, todo)
 
 
-def inputs(count: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-  """`count` inputs, counted by kind and exit code; every fault is said, with the input."""
+def inputs(count: int, seed: int, folder: Path, say: Callable[[str], None], only: int | None = None) -> dict[str, Any]:
+  """`count` inputs (or that of number `only`), counted by kind and exit code; every fault is said, with the input."""
+  todo = [(number, one) for number, one in enumerate(drawn.draw(count, seed)) if only in (None, number)]
   began, codes = time.perf_counter(), collections.defaultdict(collections.Counter)
   found, secs = collections.Counter(), collections.Counter()
-  for number, one, outcome in run_all(list(enumerate(drawn.draw(count, seed))), folder):
+  for number, one, outcome in run_all(todo, folder):
     codes[one.kind][str(outcome.ended.code)] += 1
     secs[one.kind] += outcome.ended.secs
+    if only is not None:
+      say(f'{outcome.ended.said}{outcome.ended.complained}{outcome.done}')
     if outcome.faults:
       found.update(fault.partition(':')[0] for fault in outcome.faults)
       say(_report(number, one, outcome))
