@@ -43,10 +43,14 @@ def _kill(folder: Path) -> dict[str, Any]:
   return kill.kill(_KILLS.value, _SEED.value, folder, print, config)
 
 
+_QUICK_COMPILES = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
+
 def _inputs(folder: Path) -> dict[str, Any]:
   os.environ.update(
     {
       'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {_QUICK_COMPILES}'.strip(),
       'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072',  # the default; launch.bench does not start itself anew

@@ -128,9 +128,10 @@ _WITH_CONFIG = (
 def experiments(draw: Callable) -> Input:
   """Experiment files: programs, which may hold anything, do anything and return anything."""
   lines, key, hint = draw(st.sampled_from(_EXPERIMENTS)), *draw(st.sampled_from(list(keys())))
-  value = draw(st.one_of(_value(hint), _value(hint).map(repr), st.sampled_from(_PYTHON)))
-  text = lines.format(key=key, value=value) if '{' in lines else lines
-  edits = [Edit(EXPERIMENT, 'overwrite', 0, text)]
+  text = typing.get_origin(hint) is Literal or hint is str
+  value = draw(st.one_of(*[_value(hint).map(repr if text else str)] * 3, st.sampled_from(_PYTHON)))
+  program_text = lines.format(key=key, value=value) if '{' in lines else lines
+  edits = [Edit(EXPERIMENT, 'overwrite', 0, program_text)]
   if draw(st.integers(0, 9)) == 0:
     edits = [Edit(EXPERIMENT, draw(st.sampled_from([a.__name__ for a in accidents.BYTES])), draw(_SEED), '\x00')]
   program, *rest = draw(st.sampled_from(_WITH_CONFIG[:-1]))
