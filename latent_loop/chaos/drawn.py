@@ -4,11 +4,13 @@ Where they are right they are cheap: a dry run, a plan that is only counted, a t
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import random
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from latent_loop.chaos import accidents, corrupt
@@ -182,7 +184,8 @@ def flags(draw: Callable) -> Input:
   verb, args = draw(st.sampled_from(rest)).split(), []
   for _ in range(draw(st.integers(1, 2))):
     name, hint = draw(st.sampled_from(own))
-    args.append(f'--{name}={draw(_value(hint))}')
+    value = st.one_of(st.sampled_from(NAMES), _text()) if hint is Path else _value(hint)
+    args.append(f'--{name}={draw(value)}')
   if draw(st.integers(0, 19)) == 0:
     args = [draw(_text())]
   return Input('flag', program, (*verb, *args))
@@ -194,31 +197,31 @@ _NEW_TOKENS = Literal['1', '7', '0', '-1', '1000000', '2147483647', '2147483648'
 _FLAGS: dict[str, tuple[tuple[str, ...], list[tuple[str, Any]]]] = {
   'train': (
     (f'{_CONFIG} --dry_run', f'{_CONFIG} --workdir=new {_ONE_STEP}', f'{_CONFIG} --workdir={RUN}'),
-    [('config', str), ('workdir', str), ('profile_steps', str), ('time_limit', float), ('num_processes', int),
+    [('config', Path), ('workdir', Path), ('profile_steps', str), ('time_limit', float), ('num_processes', int),
      ('process_id', int), ('coordinator', str), ('cluster', str), ('wait_secs', float), ('dry_run', bool)],
   ),
-  'evaluate': ((f'depths {_WORKDIR}', 'depths', _WORKDIR), [('workdir', str), ('depths', _DEPTH)]),
+  'evaluate': ((f'depths {_WORKDIR}', 'depths', _WORKDIR), [('workdir', Path), ('depths', _DEPTH)]),
   'generate': (
     (f'{_WORKDIR} --prompt=1+1= --max_new_tokens=4',) * 4 + (_WORKDIR, f'--prompts={PROMPTS}'),
-    [('workdir', str), ('prompts', str), ('depth', _DEPTH), ('temperature', float), ('seed', int),
+    [('workdir', Path), ('prompts', Path), ('depth', _DEPTH), ('temperature', float), ('seed', int),
      ('max_new_tokens', _NEW_TOKENS)],
   ),
-  'verify': (('',), [('golden', str)]),
+  'verify': (('',), [('golden', Path)]),
   'plan': (
     (_CONFIG, f'{_CONFIG} --topology=h100:8', f'{_CONFIG} --topology=h100:8 --json'),
     [('topology', Literal['h100:0', 'h100:1', 'h100:9999999999', 'v5p:', 'v5p:1x1x0', 'v9:4', 'cpu:9', 'cpu:0',
                           'v5e:7x9', 'h200:8x8', 'v4:2x2x999999']),
-     ('slices', int), ('global_batch', int), ('dump_hlo', str)],
+     ('slices', int), ('global_batch', int), ('dump_hlo', Path)],
   ),
   'checkpoint': (
     (f'list {_WORKDIR}', f'verify {_WORKDIR}', f'diff {_WORKDIR}', f'diff {_WORKDIR} --steps=2', 'list', _WORKDIR),
-    [('workdir', str), ('other', str), ('steps', int)],
+    [('workdir', Path), ('other', Path), ('steps', int)],
   ),
   'bench': (
     (f'train {_CONFIG}', f'decode {_CONFIG}', _CONFIG),
     # At least one that is refused: a whole benchmark takes too long.
     [('depths', Literal['0', '0,0', '-1,1', 'a', '1,1,1', ',', '9' * 5000, '\u00b2,1', '']),
-     ('threads', Literal['0', 'x']), ('twin_python', str), ('rounds', Literal['x']), ('config', str),
+     ('threads', Literal['0', 'x']), ('twin_python', Path), ('rounds', Literal['x']), ('config', Path),
      ('repeats', Literal['1.5'])],
   ),
 }  # fmt: skip
@@ -323,6 +326,9 @@ KINDS: dict[str, tuple[Callable[[], st.SearchStrategy[Input]], float]] = {
 }
 
 
+_FROM_ONE_START = 8
+
+
 def draw(count: int, seed: int) -> list[Input]:
   """At least `count` inputs, each kind its share, well mixed; the same for the same seed."""
   drawn = []
@@ -333,20 +339,21 @@ def draw(count: int, seed: int) -> list[Input]:
 
 
 def _draw(strategy: st.SearchStrategy[Input], count: int, seed: int) -> list[Input]:
+  """`count` different ones, a few from each start: from many in a row hypothesis makes variants of one."""
   drawn: list[Input] = []
 
-  @hypothesis.seed(seed)
-  @hypothesis.settings(
-    max_examples=2 * count,
+  def take(one: Input) -> None:
+    if one not in drawn:
+      drawn.append(one)
+
+  settings = hypothesis.settings(
+    max_examples=_FROM_ONE_START,
     database=None,
     deadline=None,
     phases=[hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),
   )
-  @hypothesis.given(strategy)
-  def take(one: Input) -> None:
-    if one not in drawn:
-      drawn.append(one)
-
-  take()
-  return drawn[:count]
+  for start in itertools.count():
+    hypothesis.seed(f'{seed} {start}')(settings(hypothesis.given(strategy)(take)))()
+    if len(drawn) >= count:
+      return drawn[:count]
