@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 _CURVE = {'loss': (float, type(None)), 'n': int, 'k': int}  # what is drawn of a line of metrics.jsonl
-_DEEPEST_BIN = 10_000
+_DEEPEST_BIN = 256  # takes what is deeper, too
 
 
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
@@ -60,8 +60,8 @@ def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Figure:
   steps = [record['step'] for record in curve]
   axes[1, 0].plot(steps, [record['loss'] for record in curve], linewidth=0.8)
   axes[1, 0].set(xlabel='step', ylabel='training loss, nats per token', title='training curve')
-  depths = [record['n'] + record['k'] for record in curve]
-  axes[1, 1].hist(depths, bins=range(1, min(max(depths, default=1), _DEEPEST_BIN) + 2), align='left', rwidth=0.9)
+  depths = [min(record['n'] + record['k'], _DEEPEST_BIN) for record in curve]
+  axes[1, 1].hist(depths, bins=range(1, max(depths, default=1) + 2), align='left', rwidth=0.9)
   axes[1, 1].set(xlabel='iterations n + k', ylabel='logged steps', title='depths drawn')
   return figure
 
