@@ -84,9 +84,9 @@ def _guard(main: Callable[[], int]) -> tuple[int, str]:
   try:
     return main(), ''
   except BadInput as error:
-    return BAD_INPUT, f'error: {error}'
+    return BAD_INPUT, f'error: {_printable(error)}'
   except SaveFailed as error:
-    return SAVE_FAILED, f'error: {error}'
+    return SAVE_FAILED, f'error: {_printable(error)}'
   except Exception as error:  # the one place: an unforeseen error must still leave with its own exit code
     if _out_of_memory(error):
       return BAD_INPUT, f'error: out of memory ({_one_line(error)[:300]}); {_SMALLER}'
@@ -122,8 +122,13 @@ def _end(code: int, message: str) -> None:
 
 
 def _refuse(sentence: str) -> None:
-  print(f'error: {sentence}', file=sys.stderr, flush=True)
+  print(f'error: {_printable(sentence)}', file=sys.stderr, flush=True)
   sys.exit(BAD_INPUT)
+
+
+def _printable(sentence: object) -> str:
+  """One line, whatever the names and values in it hold: line breaks, what a terminal obeys, no UTF-8."""
+  return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(sentence))
 
 
 def _one_line(error: BaseException) -> str:

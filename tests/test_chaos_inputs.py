@@ -52,6 +52,7 @@ def test_json_that_python_cannot_read_is_no_model(tmp_path, text):
     ('name', 'a\udcff', 'not text that UTF-8 can write'),
     ('name', 7 * 'x' * 100 + '\ud800', r"'x+\.\.\.: not text"),
     ('model.block', ['sandwich'], 'config.model.block=.*not known'),
+    ('depth.curriculum', view(Config()).depth, 'config.depth.curriculum=[^\n]*: not known'),
     ('model.num_core_layers', 10**6, 'num_core_layers=1000000 must lie between 0 and 1024'),
     ('depth.mean', 2**30, 'config.depth.mean=1073741824 is above'),
     ('depth.sigma', 1e200, 'config.depth.sigma=1e.200 must lie in'),
@@ -149,6 +150,13 @@ def test_paths_that_no_file_can_have_are_a_sentence():
     program.workdir_of('x' * 300)
 
 
+def test_a_sentence_is_one_line_whatever_is_in_it():
+  def main():
+    raise BadInput('--workdir=a\nb\x1b[0m\udcff\u00e9: no')
+
+  assert program._guard(main) == (2, r'error: --workdir=a\nb\x1b[0m\udcff' + '\u00e9: no')
+
+
 @pytest.mark.parametrize('value', ['\u00b2:3', f'1:{LONG}', '3:1', ':', '1:2:3'], ids=range(5))
 def test_a_range_of_steps_that_is_none(value):
   with pytest.raises(BadInput, match='not a range of steps'):
@@ -196,15 +204,15 @@ def test_planted_faults_are_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_thirty_inputs_end_as_they_should(tmp_path, monkeypatch):
+def test_twenty_inputs_end_as_they_should(tmp_path, monkeypatch):
   """Those of launch.chaos inputs that need no trained run, which would take its time."""
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   everything = list(enumerate(drawn.draw(60, 1)))
   todo = [(i, one) for i, one in everything if not inputs.names_used([one]) & {drawn.RUN, drawn.STOPPED}]
-  cheap = [(i, one) for i, one in todo if '--time_limit' not in str(one.args)][:30]
+  cheap = [(i, one) for i, one in todo if '--time_limit' not in str(one.args)][:20]
   outcomes = list(inputs.run_all(cheap, tmp_path))
   assert [outcome.faults for _, _, outcome in outcomes if outcome.faults] == []
-  assert len(outcomes) == 30 and {outcome.ended.code for _, _, outcome in outcomes} >= {0, 2}
+  assert len(outcomes) == 20 and {outcome.ended.code for _, _, outcome in outcomes} >= {0, 2}
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------
