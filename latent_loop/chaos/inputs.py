@@ -91,6 +91,8 @@ def make_pristine(here: Path, programs: Programs, names: set[str]) -> None:
       raise BadInput(f'the run that nobody harmed ended with code {ended.code}: {ended.complained[-600:]}')
     shutil.copytree(here / drawn.RUN, here / drawn.STOPPED, ignore=shutil.ignore_patterns('4', 'depth_report.*'))
   if names & {drawn.GOLDEN, drawn.SHARDED}:
+    if not _GOLDEN.is_dir():
+      raise BadInput(f'{_GOLDEN}: no such folder; run this in a checkout of the repository')
     shutil.copytree(_GOLDEN, here / drawn.GOLDEN, ignore=shutil.ignore_patterns('grads.*'))  # they take long
     shutil.copytree(here / drawn.GOLDEN, here / drawn.SHARDED, ignore=shutil.ignore_patterns('optimizer.*'))
     shard = here / drawn.SHARDED / 'model-1.safetensors'
