@@ -16,6 +16,18 @@ def _require(condition: bool, sentence: str) -> None:
     raise BadInput(sentence)
 
 
+LARGEST = 2**31 - 1  # what the devices' 32-bit integers hold
+_MOST_LAYERS = 1024  # each is a part of the program by itself
+_DEEPEST = 2**20
+
+
+def _check_counts(group: str, values: dict, names: tuple[str, ...], low: int) -> None:
+  for name in names:
+    _require(
+      low <= values[name] <= LARGEST, f'config.{group}.{name}={values[name]} must lie between {low} and {LARGEST}'
+    )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
   """The architecture (arXiv 2502.05171 section 3; Parcae's variants from arXiv 2604.12946)."""
@@ -48,12 +60,10 @@ class ModelConfig:
     return self.width // self.num_heads
 
   def __post_init__(self):
-    for name in ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers'):
+    _check_counts('model', vars(self), ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers'), 1)
+    for name in ('num_prelude_layers', 'num_core_layers', 'num_coda_layers'):
       value = vars(self)[name]
-      _require(value >= 1, f'config.model.{name}={value} is below 1; give a positive number')
-    for name in ('num_prelude_layers', 'num_coda_layers'):
-      value = vars(self)[name]
-      _require(value >= 0, f'config.model.{name}={value} is negative; give 0 or more')
+      _require(0 <= value <= _MOST_LAYERS, f'config.model.{name}={value} must lie between 0 and {_MOST_LAYERS}')
     _require(self.norm_eps > 0, f'config.model.norm_eps={self.norm_eps} must be positive')
     _require(self.rope_base > 1, f'config.model.rope_base={self.rope_base} must be above 1; the paper uses 50000')
     _require(
@@ -76,12 +86,14 @@ class DepthConfig:
 
   def __post_init__(self):
     _require(self.mean >= 1, f'config.depth.mean={self.mean} is below 1; the core runs at least once')
+    _require(self.mean <= _DEEPEST, f'config.depth.mean={self.mean} is above {_DEEPEST}; no run is that deep, lower it')
     _require(
       1 <= self.backprop_depth <= self.mean,
       f'config.depth.backprop_depth={self.backprop_depth} must lie between 1 and '
       f'config.depth.mean={self.mean}; lower it or raise the mean',
     )
-    _require(self.sigma > 0, f'config.depth.sigma={self.sigma} must be positive; the paper uses 0.5')
+    _require(0 < self.sigma <= 10, f'config.depth.sigma={self.sigma} must lie in (0, 10]; the paper uses 0.5')
+    _check_counts('depth', vars(self), ('curriculum_steps',), 0)
     _require(
       (self.curriculum == 'none') == (self.curriculum_steps == 0) and self.curriculum_steps >= 0,
       f'config.depth.curriculum={self.curriculum!r} does not fit curriculum_steps='
@@ -101,11 +113,14 @@ class DataConfig:
 
   def __post_init__(self):
     _require(self.seq_len >= 2, f'config.data.seq_len={self.seq_len} is below 2; no next token to predict')
+    _check_counts('data', vars(self), ('seq_len',), 2)
     _require(
       1 <= self.min_difficulty <= self.max_difficulty,
       f'config.data.min_difficulty={self.min_difficulty} and max_difficulty={self.max_difficulty} '
       'must satisfy 1 <= min <= max',
     )
+    most = self.max_difficulty
+    _require(most <= 1000, f'config.data.max_difficulty={most} is above 1000; no task is that hard, lower it')
     _require(
       0 < self.validation_fraction < 1,
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
@@ -180,9 +195,7 @@ class TrainConfig:
   z_loss: float = 0.0
 
   def __post_init__(self):
-    for name in ('num_steps', 'batch_size', 'num_microbatches', 'loss_chunk'):
-      value = vars(self)[name]
-      _require(value >= 1, f'config.train.{name}={value} is below 1; give a positive number')
+    _check_counts('train', vars(self), ('num_steps', 'batch_size', 'num_microbatches', 'loss_chunk'), 1)
     _require(
       self.batch_size % self.num_microbatches == 0,
       f'config.train.batch_size={self.batch_size} does not divide into num_microbatches='
@@ -234,8 +247,11 @@ class EvalConfig:
 
   def __post_init__(self):
     _require(self.every_steps >= 1, f'config.eval.every_steps={self.every_steps} is below 1')
-    _require(self.num_batches >= 1, f'config.eval.num_batches={self.num_batches} is below 1')
-    _require(self.sample_tokens >= 0, f'config.eval.sample_tokens={self.sample_tokens} is negative')
+    _check_counts('eval', vars(self), ('num_batches',), 1)
+    tokens = self.sample_tokens
+    _require(
+      0 <= tokens <= 2**16, f'config.eval.sample_tokens={tokens} must lie between 0 and {2**16}: people read them'
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from latent_loop.kernels.choice import choose_attention
 from latent_loop.metrics import JsonLines, read_lines
 from latent_loop.model import Model, build
 from latent_loop.optim import make_optimizer
+from latent_loop.parallel import memory
 from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel.group import Alone, Group
 from latent_loop.progress import Logger, Profiler, say
@@ -55,12 +56,12 @@ def prepare(config: Config, workdir: Path) -> Run:
   """Everything up to the first step, with the newest checkpoint restored; what it refuses, it leaves as it was."""
   began = time.perf_counter()
   mesh = meshes.make_mesh(config.mesh)
-  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
-  choose_attention(config.model, config.data.seq_len, jax.default_backend())  # or a sentence why not
+  check_what_is_here(config, mesh)
   source, batches, data_fingerprint = open_data(config, mesh)
   model = build(config.model, config.depth)
   optimizer = make_optimizer(config.optim, config.train.num_steps)
   init, specs = make_sharded_state(config, model, optimizer, mesh)
+  memory.check_state(jax.eval_shape(init), specs)
   open_workdir(workdir, config)
   checkpoints = Checkpoints(workdir, config.checkpoint)
   start, state = checkpoints.restore_newest(jax.eval_shape(init), specs, data_fingerprint) or (0, init())
@@ -80,6 +81,13 @@ def prepare(config: Config, workdir: Path) -> Run:
     fingerprint=data_fingerprint,
     began=began,
   )
+
+
+def check_what_is_here(config: Config, mesh: Any) -> None:
+  """Raises BadInput when the devices cannot take a batch of this size, or lack the attention asked for."""
+  meshes.check_batch(config.train.batch_size, config.train.num_microbatches, mesh.shape)
+  memory.check_batch(config)
+  choose_attention(config.model, config.data.seq_len, jax.default_backend())
 
 
 def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
@@ -227,7 +235,8 @@ def save(this: Run, step: int) -> None:
 
 def past_evaluations(workdir: Path, step: int) -> list[dict[str, Any]]:
   """What an earlier start of this run evaluated up to `step`: its alarms count on."""
-  return [numbers for numbers in read_lines(workdir / 'evals.jsonl') if numbers['step'] <= step]
+  past = [numbers for numbers in read_lines(workdir / 'evals.jsonl') if numbers['step'] <= step]
+  return [numbers for numbers in past if alarms.readable(numbers)]
 
 
 def evaluate(this: Run, step: int) -> dict[str, Any]:

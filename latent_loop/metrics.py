@@ -47,12 +47,13 @@ class JsonLines:
   """Appends one JSON object per line; lines past step `keep_through`, which a resume does again, are dropped."""
 
   def __init__(self, path: Path, keep_through: int):
-    if path.exists():
-      lines = path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if _step_of(line) <= keep_through]
+    self._path = path
+    with _unreadable_in_words(path):
+      lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+      kept = [line for i, line in enumerate(lines) if _stays(line, keep_through, i == len(lines) - 1)]
       if len(kept) != len(lines):
-        textfile.write(path, ''.join(kept))
-    self._path, self._file = path, path.open('a')
+        textfile.write_bytes(path, b''.join(kept))
+      self._file = path.open('a')
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Raises SaveFailed, most often of a full disk."""
@@ -75,21 +76,32 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  """What JsonLines wrote; a half-written last line is passed over."""
-  records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return records
+  """What JsonLines wrote; a line that is no record, half-written or damaged, is passed over. Raises BadInput."""
+  with _unreadable_in_words(path):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+  return [record for record in map(_record, lines) if record is not None]
 
 
-def _step_of(line: str) -> float:
+def _record(line: bytes) -> dict[str, Any] | None:
   try:
-    return json.loads(line)['step']
-  except json.JSONDecodeError:
-    return float('inf')  # the half line of a killed process
+    record = json.loads(line)
+    return record if type(record['step']) is int else None
+  except (ValueError, RecursionError, TypeError, KeyError):
+    return None
+
+
+def _stays(line: bytes, keep_through: int, last: bool) -> bool:
+  """Not a step that is done again, nor what a killed process left half-written; what else is no record stays."""
+  record = _record(line)
+  return not last if record is None else record['step'] <= keep_through
+
+
+@contextlib.contextmanager
+def _unreadable_in_words(path: Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise BadInput(f'{path}: cannot be read or written ({error}); repair it, or move it away') from error
 
 
 class TensorBoard:

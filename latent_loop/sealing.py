@@ -81,24 +81,43 @@ def check_key(dotted: str) -> None:
 
 def _seal_value(value: Any, hint: Any, path: str) -> Any:
   if dataclasses.is_dataclass(hint):
-    _require(hasattr(value, 'items'), f'{path}={value!r}: not a group of keys; edit its fields instead')
+    _require(hasattr(value, 'items'), f'{path}={_show(value)}: not a group of keys; edit its fields instead')
     return seal(value, hint, path)
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)
-    _require(value in choices, f'{path}={value!r}: not known; choose one of {", ".join(choices)}')
+    known = isinstance(value, str) and value in choices
+    _require(known, f'{path}={_show(value)}: not known; choose one of {", ".join(choices)}')
     return value
   if typing.get_origin(hint) is types.UnionType:
     if value is None:
       return None
     hint = next(t for t in typing.get_args(hint) if t is not type(None))
   if typing.get_origin(hint) is tuple:
-    _require(isinstance(value, (tuple, list)), f'{path}={value!r}: not a tuple; write it as (a, b)')
+    _require(isinstance(value, (tuple, list)), f'{path}={_show(value)}: not a tuple; write it as (a, b)')
     return tuple(_seal_value(v, typing.get_args(hint)[0], f'{path}[{i}]') for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  _require(type(value) is hint, f'{path}={value!r}: a {type(value).__name__}; the rule is {hint.__name__}, give one')
+  if type(value) is int:
+    _require(abs(value) < _LARGEST, f'{path}={_show(value)}: it has more than 64 bits; give a smaller number')
+    value = float(value) if hint is float else value
+  kind = type(value).__name__
+  _require(type(value) is hint, f'{path}={_show(value)}: a {kind}; the rule is {hint.__name__}, give one')
   _require(hint is not float or math.isfinite(value), f'{path}={value!r}: not a finite number; give one')
+  _require(hint is not str or _is_text(value), f'{path}={_show(value)}: not text that UTF-8 can write; give other text')
   return value
+
+
+_LARGEST = 2**63
+
+
+def _is_text(value: str) -> bool:
+  return not any('\ud800' <= letter <= '\udfff' for letter in value)
+
+
+def _show(value: Any) -> str:
+  """A value of the user's for a sentence: not too long, and Python writes no number of thousands of digits."""
+  if type(value) is int and abs(value) >= _LARGEST:
+    return f'{"-" if value < 0 else ""}2**{value.bit_length() - 1}...'
+  text = ' '.join(repr(value).split())  # that of a ConfigDict has lines
+  return text if len(text) <= 200 else f'{text[:200]}...'
 
 
 # --- sealed configs as text --------------------------------------------------------------------------
@@ -114,7 +133,7 @@ def from_json(text: str, path: str) -> Config:
     values = json.loads(text)
     _require(isinstance(values, dict), 'not a JSON object')
     return seal(values)
-  except ValueError as error:  # of json, or BadInput
+  except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(f'{path}: not a sealed config ({error}); restore the file, or start a new workdir') from error
 
 

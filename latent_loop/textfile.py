@@ -7,6 +7,10 @@ TEMPORARY = '.tmp'  # what stands behind the name of a file that is being writte
 
 
 def write(path: Path, text: str) -> None:
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
   temporary = path.with_name(path.name + TEMPORARY)
-  temporary.write_text(text)
+  temporary.write_bytes(data)
   os.replace(temporary, path)

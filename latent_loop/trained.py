@@ -151,7 +151,9 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
 
 
 def engine_of(trained: Trained, cache: str = 'full') -> Engine:
-  return Engine(trained.model, trained.params, trained.mesh, cache)
+  """An engine whose rows may be four times as long as those of training; 4096 tokens in any case."""
+  most_tokens = max(4096, 4 * trained.config.data.seq_len)
+  return Engine(trained.model, trained.params, trained.mesh, cache, most_tokens)
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:

@@ -71,9 +71,17 @@ def update_config(workdir: Path, config: Config) -> list[str]:
   """
   lines = [f'{key} was {a!r}, is now {b!r}' for key, (a, b) in differences(read_config(workdir), config).items()]
   textfile.write(workdir / 'config.json', to_json(config))
-  path = workdir / 'versions.json'
-  then, now = json.loads(path.read_text())['packages'] if path.exists() else {}, versions(config)['packages']
+  then, now = _packages_then(workdir / 'versions.json'), versions(config)['packages']
   return lines + [f'{name} was {v}, is now {now[name]}' for name, v in then.items() if now.setdefault(name, v) != v]
+
+
+def _packages_then(path: Path) -> dict[str, str]:
+  """The packages that a run began with; empty when nobody can tell, since that is no reason to stop it."""
+  try:
+    packages = json.loads(path.read_bytes())['packages']
+    return {name: version for name, version in packages.items() if isinstance(version, str)}
+  except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    return {}
 
 
 def read_config(workdir: Path) -> Config:

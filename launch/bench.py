@@ -12,8 +12,8 @@ XLA_FLAGS=--xla_cpu_multi_thread_eigen=false no longer binds JAX by itself; here
 
 import json
 import os
+import re
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -89,7 +89,7 @@ def depths_of(verb: str, given: list[str]) -> list:
   rule = 'n,k such as 8,4, with n from 0 and k from 1' if verb == 'train' else 'a depth from 1, such as 8'
   depths = []
   for text in given:
-    numbers = [int(part) if part.isdecimal() else -1 for part in text.split(',')]
+    numbers = [int(part) if re.fullmatch('[0-9]{1,9}', part) else -1 for part in text.split(',')]
     if len(numbers) != (2 if verb == 'train' else 1) or min(numbers) < 0 or numbers[-1] < 1:
       raise BadInput(f'--depths={text}: not a depth to {verb}; the rule is {rule}')
     depths.append(tuple(numbers) if verb == 'train' else numbers[0])
@@ -106,7 +106,8 @@ def make_twin(threads: int):
       raise BadInput(f'--twin_python={_TWIN_PYTHON.value} without --twin; give the path of torch_twin.py too')
     return None
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU's memory is shared with the twin
-  return Twin(Path(_TWIN.value), Path(_TWIN_PYTHON.value or sys.executable), threads, _REPEATS.value)
+  python = program.path_of('twin_python', _TWIN_PYTHON.value or sys.executable)
+  return Twin(program.path_of('twin', _TWIN.value), python, threads, _REPEATS.value)
 
 
 def rounded(value):

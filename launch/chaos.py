@@ -1,9 +1,11 @@
-"""Tries what a run promises: python -m launch.chaos corrupt --count=200, or kill --kills=20
+"""Tries what a run promises: python -m launch.chaos corrupt --count=200, inputs --count=500, or kill --kills=20
 
 Ends with one JSON line; exit code 0 only when it says "ok": true.
 """
 
+import functools
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from absl import flags
 
 from launch import program
 
-_COUNT = flags.DEFINE_integer('count', 200, 'corrupt: how many accidents to checkpoints', lower_bound=1)
+_COUNT = flags.DEFINE_integer(
+  'count', 200, 'corrupt, inputs: how many accidents to checkpoints, or inputs', lower_bound=1
+)
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one
+_ONLY = flags.DEFINE_integer('only', None, 'inputs: try only that of this number, and show what it prints')
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
 
 
@@ -38,7 +43,25 @@ def _kill(folder: Path) -> dict[str, Any]:
   return kill.kill(_KILLS.value, _SEED.value, folder, print, config)
 
 
-_VERBS = {'corrupt': _corrupt, 'kill': _kill}
+_QUICK_COMPILES = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
+
+def _inputs(folder: Path) -> dict[str, Any]:
+  os.environ.update(
+    {
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {_QUICK_COMPILES}'.strip(),
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072',  # the default; launch.bench does not start itself anew
+    }
+  )
+  from latent_loop.chaos import inputs
+
+  return inputs.inputs(_COUNT.value, _SEED.value, folder, functools.partial(print, flush=True), _ONLY.value)
+
+
+_VERBS = {'corrupt': _corrupt, 'inputs': _inputs, 'kill': _kill}
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -62,13 +61,16 @@ def _prompts() -> list[str]:
 
   if _PROMPT.value is not None:
     return [_PROMPT.value]
-  path = Path(_PROMPTS.value)
+  path = program.path_of('prompts', _PROMPTS.value)
   if not path.is_file():
     raise BadInput(f'--prompts={path}: no such file; give a text file with one prompt per line')
   try:
-    return path.read_text(encoding='utf-8').splitlines()
+    prompts = path.read_text(encoding='utf-8').splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
+  if not prompts:
+    raise BadInput(f'--prompts={path}: an empty file; the rule is one prompt per line, write one')
+  return prompts
 
 
 def _options() -> dict:

@@ -40,6 +40,8 @@ def main() -> int:
     raise BadInput('--topology is missing; give a chip and a shape, such as v5p:4x4x4')
   if _GLOBAL_BATCH.value is not None and _GLOBAL_BATCH.value < 1:
     raise BadInput(f'--global_batch={_GLOBAL_BATCH.value} is below 1; give a number of rows')
+  if _DUMP_HLO.value is not None and not program.path_of('dump_hlo', _DUMP_HLO.value).parent.is_dir():
+    raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: its folder does not exist; make it, or give another path')
   from latent_loop import planner
 
   say = lambda line: print(line, file=sys.stderr, flush=True)
@@ -49,7 +51,10 @@ def main() -> int:
   if _DUMP_HLO.value:
     if made.hlo_text is None:
       raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: there is no compiled program to write; see the plan')
-    Path(_DUMP_HLO.value).write_text(made.hlo_text)
+    try:
+      Path(_DUMP_HLO.value).write_text(made.hlo_text)
+    except OSError as error:
+      raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: cannot be written ({error}); give another path') from error
   return 0
 
 

@@ -1,6 +1,7 @@
 """What every program shares: flags in, exit code out, and bad input as one sentence."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13. Anything else
   unforeseen: a traceback and 1.
   """
+  sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 
 
@@ -47,15 +49,25 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS([arg for arg in argv if not _sets_none(arg)])
   except BadInput as error:
     _refuse(str(error))
-  except flags.Error as error:
-    _refuse(f'{_one_line(error)}; see python -m launch.{Path(argv[0]).stem} --help')
   except OSError:
     _refuse(_missing_config())
-  except Exception as error:  # an experiment file is a program of the user's: whatever it raises is bad input
-    _refuse(f'--config: the experiment file does not run ({type(error).__name__}: {_one_line(error)}); correct it')
+  except (Exception, SystemExit) as error:  # an experiment file is a program of the user's, and may raise anything
+    cause = _raised_by_experiment(error)
+    if isinstance(cause, flags.Error):
+      _refuse(f'{_one_line(cause)}; see python -m launch.{Path(argv[0]).stem} --help')
+    if isinstance(cause, BadInput):
+      _refuse(f'--config={_config_path()}: {cause}')
+    _refuse(f'--config={_config_path()}: it does not run ({type(cause).__name__}: {_one_line(cause)}); correct it')
   if flags.FLAGS['verbosity'].using_default_value:
     logging.set_verbosity(logging.FATAL)  # the libraries' chatter and tracebacks; --verbosity=0 brings them back
   return rest
+
+
+def _raised_by_experiment(error: BaseException) -> BaseException:
+  """What an experiment file raised: ml_collections and absl each wrap a ValueError or TypeError, traceback included."""
+  while 'Error whilst parsing config file' in str(error):
+    error = error.__cause__ or error.__context__
+  return error
 
 
 _NONE: list[str] = []  # keys that the command line sets to None
@@ -72,11 +84,22 @@ def _guard(main: Callable[[], int]) -> tuple[int, str]:
   try:
     return main(), ''
   except BadInput as error:
-    return BAD_INPUT, f'error: {error}'
+    return BAD_INPUT, f'error: {_printable(error)}'
   except SaveFailed as error:
-    return SAVE_FAILED, f'error: {error}'
-  except Exception:  # the one place: an unforeseen error must still leave with its own exit code
+    return SAVE_FAILED, f'error: {_printable(error)}'
+  except Exception as error:  # the one place: an unforeseen error must still leave with its own exit code
+    if _out_of_memory(error):
+      return BAD_INPUT, f'error: out of memory ({_one_line(error)[:300]}); {_SMALLER}'
     return BUG, traceback.format_exc()
+
+
+def _out_of_memory(error: Exception) -> bool:
+  """Python's own, or how XLA says it."""
+  text = str(error)
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text and 'memory' in text
+
+
+_SMALLER = 'ask for less: a smaller batch, length or model, more microbatches or more devices'
 
 
 _LEAVE: list[Callable[[int], None]] = []
@@ -99,8 +122,13 @@ def _end(code: int, message: str) -> None:
 
 
 def _refuse(sentence: str) -> None:
-  print(f'error: {sentence}', file=sys.stderr, flush=True)
+  print(f'error: {_printable(sentence)}', file=sys.stderr, flush=True)
   sys.exit(BAD_INPUT)
+
+
+def _printable(sentence: object) -> str:
+  """One line, whatever the names and values in it hold: line breaks, what a terminal obeys, no UTF-8."""
+  return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(sentence))
 
 
 def _one_line(error: BaseException) -> str:
@@ -118,10 +146,15 @@ def sealed(holder: flags.FlagHolder):
   from latent_loop import sealing
   from latent_loop.errors import BadInput
 
-  values = holder.value
-  if values is None:
-    raise BadInput('--config is missing; give an experiment file such as experiments/tiny_text.py')
   try:
+    values = holder.value
+    if values is None and not _config_path():
+      raise BadInput('--config is missing; give an experiment file such as experiments/tiny_text.py')
+    if not hasattr(values, 'ignore_type'):  # as a ConfigDict has; of a file that is missing, the question raises
+      raise BadInput(
+        f'--config={_config_path()}: get_config() returns a {type(values).__name__}; the rule is a ConfigDict, '
+        'return latent_loop.sealing.view(Config()) with your changes'
+      )
     for dotted in _NONE:
       *groups, name = dotted.split('.')
       group = values
@@ -135,10 +168,19 @@ def sealed(holder: flags.FlagHolder):
 
 
 def _missing_config() -> str:
-  path = next(arg.partition('=')[2] for arg in sys.argv if arg.startswith('--config='))
-  if Path(path).is_file():
-    return f'--config={path}: the experiment file reads a file that is missing; correct it'
+  path = _config_path()
+  if os.path.isfile(path):
+    return f'--config={path}: it reads a file that is missing or cannot be read; correct it'
   return f'--config={path}: no such file; give one of experiments/*.py'
+
+
+def _config_path() -> str:
+  """What --config names; '' when it is not given."""
+  for i, arg in enumerate(sys.argv):
+    flag, _, value = arg.lstrip('-').partition('=')
+    if arg.startswith('-') and flag == 'config':
+      return value or ''.join(sys.argv[i + 1 : i + 2])
+  return ''
 
 
 def workdir_of(value: str | None) -> Path:
@@ -149,6 +191,17 @@ def workdir_of(value: str | None) -> Path:
     raise BadInput('--workdir is missing; give the folder of the run, such as runs/tiny_text')
   if '://' in value:
     raise BadInput(f'--workdir={value}: only local folders work so far; give a path')
+  return path_of('workdir', value)
+
+
+def path_of(flag: str, value: str) -> Path:
+  """The value of a flag as a path; raises BadInput for one that no file can have, such as a name that is too long."""
+  from latent_loop.errors import BadInput
+
+  try:
+    Path(value).exists()
+  except OSError as error:
+    raise BadInput(f'--{flag}={value[:80]}: no file can be there ({error.strerror}); give another path') from error
   return Path(value)
 
 
@@ -158,7 +211,7 @@ def step_range(value: str | None) -> tuple[int, int] | None:
 
   if value is None:
     return None
-  first, colon, last = value.partition(':')
-  if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+  found = re.fullmatch('([0-9]{1,15}):([0-9]{1,15})', value)
+  if not found or int(found[1]) >= int(found[2]):
     raise BadInput(f'--profile_steps={value}: not a range of steps; write first:last, such as 10:13')
-  return int(first), int(last)
+  return int(found[1]), int(found[2])

@@ -17,7 +17,7 @@ _TIME_LIMIT = flags.DEFINE_float(
 
 
 def main() -> int:
-  deadline = time.monotonic() + 60 * _TIME_LIMIT.value if _TIME_LIMIT.value is not None else math.inf
+  deadline = _deadline(time.monotonic())
   config = program.sealed(_CONFIG)
   if _DRY_RUN.value:
     from latent_loop import dry_run
@@ -29,6 +29,16 @@ def main() -> int:
   from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
 
   return loop.run(config, workdir, profile_steps, group, deadline)
+
+
+def _deadline(now: float) -> float:
+  """When to save and stop, of time.monotonic(); raises BadInput."""
+  from latent_loop.errors import BadInput
+
+  minutes = _TIME_LIMIT.value
+  if minutes is not None and not minutes > 0:
+    raise BadInput(f'--time_limit={minutes}: not a time; give minutes above 0')
+  return math.inf if minutes is None else now + 60 * minutes
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """Compares this code with the reference's numbers: python -m launch.verify --golden=tests/golden/huginn_tiny"""
 
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -17,7 +16,7 @@ def main() -> int:
     raise BadInput('--golden is missing; give a folder such as tests/golden/huginn_tiny')
   from latent_loop.interop.verify import verify
 
-  result = verify(Path(_GOLDEN.value))
+  result = verify(program.path_of('golden', _GOLDEN.value))
   print(json.dumps(result), flush=True)
   return 0 if result['ok'] else 1
 

@@ -255,6 +255,16 @@ def test_what_cannot_be_generated_is_refused_before_the_model_is_touched(make, w
     make()
 
 
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(engine):
+  with pytest.raises(BadInput, match=r'--cache=ring:1'):
+    engine.answer([ask((1,), max_new_tokens=2**31 - 1, depth=2**31 - 1)])
+
+
+def test_a_row_far_longer_than_in_training_is_refused(model, params):
+  with pytest.raises(BadInput, match='a prompt of 2 tokens and --max_new_tokens=9 are more than 10 together'):
+    Engine(model, params, mesh_of(), most_tokens=10).answer([ask((1, 2), max_new_tokens=9)])
+
+
 def test_a_token_that_the_model_does_not_know_is_refused(engine):
   with pytest.raises(BadInput, match=f'the model knows 0 to {V - 1}'):
     engine.answer([ask((V,))])

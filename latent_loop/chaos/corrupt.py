@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from latent_loop import loop
-from latent_loop.chaos import small
+from latent_loop.chaos import accidents, small
 from latent_loop.checkpoint import Checkpoints, manifest
 from latent_loop.checkpoint.content import named
 from latent_loop.config import Config
@@ -61,27 +61,25 @@ def _another(good: Path, bad: Path, dice: random.Random) -> Path:
 
 def flip_a_bit(bad: Path, good: Path, dice: random.Random) -> str:
   file = _some_file(bad, dice, at_least=1)
-  data = bytearray(file.read_bytes())
-  data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-  file.write_bytes(data)
+  accidents.flip(file, dice)
   return _kind_of(file)
 
 
 def truncate_a_file(bad: Path, good: Path, dice: random.Random) -> str:
   file = _some_file(bad, dice, at_least=1)
-  file.write_bytes(file.read_bytes()[: dice.randrange(file.stat().st_size)])
+  accidents.truncate(file, dice)
   return _kind_of(file)
 
 
 def append_to_a_file(bad: Path, good: Path, dice: random.Random) -> str:
   file = _some_file(bad, dice)
-  file.write_bytes(file.read_bytes() + b'\0')
+  accidents.append(file, dice)
   return _kind_of(file)
 
 
 def delete_a_file(bad: Path, good: Path, dice: random.Random) -> str:
   file = _some_file(bad, dice)
-  file.unlink()
+  accidents.delete(file, dice)
   return _kind_of(file)
 
 
@@ -135,9 +133,8 @@ def flip_a_bit_under_a_right_hash(bad: Path, good: Path, dice: random.Random) ->
   """A bit of an array on disk, its file's hash made right again: of this Orbax often reads wrong values in silence."""
   body = _body(bad)
   file = max((bad / name for name in body['files']), key=lambda path: path.stat().st_size)
-  data = bytearray(file.read_bytes())
-  data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-  file.write_bytes(data)
+  accidents.flip(file, dice)
+  data = file.read_bytes()
   body['files'][file.relative_to(bad).as_posix()] = [len(data), hashlib.sha256(data).hexdigest()]
   (bad / manifest.NAME).write_bytes(manifest.encode(body))
   return _kind_of(file)

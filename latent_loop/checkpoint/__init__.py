@@ -157,9 +157,10 @@ class Checkpoints:
     path = self.folder / step
     saved = manifest.read(path, step)
     _check_kinds(path, saved, shapes)
-    if fingerprint is not None and saved.about['data_fingerprint'] != fingerprint:
+    then = saved.about.get('data_fingerprint')
+    if fingerprint is not None and then != fingerprint:
       raise BadInput(
-        f'{path}: the data changed since the run began (fingerprint {saved.about["data_fingerprint"]} then, '
+        f'{path}: the data changed since the run began (fingerprint {then} then, '
         f'{fingerprint} now), so it cannot continue exactly; restore the data and the Python version, or start a new '
         'workdir'
       )

@@ -10,6 +10,7 @@ from etils import epath
 
 from latent_loop.checkpoint import manifest
 from latent_loop.config import CheckpointConfig
+from latent_loop.errors import BadInput
 
 _MARK, _ORBAX, _ASIDE = '.unfinished', '.orbax-checkpoint-tmp', 'set_aside'
 
@@ -20,6 +21,8 @@ class Folder:
   def __init__(self, workdir: Path):
     self.path = epath.Path(workdir).absolute() / 'checkpoints'
     self.set_aside_path = self.path / _ASIDE
+    if self.path.is_file():
+      raise BadInput(f'{self.path}: a file, where the folder of the checkpoints belongs; move it away')
 
   def __truediv__(self, step: int | str) -> epath.Path:
     return self.path / str(step)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from latent_loop.config import LARGEST
 from latent_loop.errors import BadInput
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes
@@ -20,9 +21,9 @@ from latent_loop.inference.decode import NO_TOKEN, Asks, Decoding, begin, go_on
 from latent_loop.inference.exits import Exits
 from latent_loop.inference.sampling import Sampling
 from latent_loop.model import Model, Params, build
+from latent_loop.parallel import memory
 
 _SMALLEST = 16  # columns of a shape class, at least
-_LARGEST = 2**31 - 1
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -49,7 +50,7 @@ class ExitRule:
     )
     for name in ('min_depth', 'every'):
       number = vars(self)[name]
-      _require(1 <= number <= _LARGEST, f'exit {name}={number} is out of range; give a number from 1')
+      _require(1 <= number <= LARGEST, f'exit {name}={number} is out of range; give a number from 1')
 
   @property
   def value(self) -> float:
@@ -74,7 +75,7 @@ def parse_cache(text: str, max_depth: int) -> Slots:
   kind, _, number = text.partition(':')
   if kind in ('full', 'latest') and not number:
     return Slots(max_depth)
-  if kind in ('ring', 'first') and number.isdecimal() and 1 <= int(number) <= _LARGEST:
+  if kind in ('ring', 'first') and number.isdecimal() and 1 <= int(number) <= LARGEST:
     count = int(number) if kind == 'ring' else int(number) + 1
     return Slots(min(count, max_depth), ring=kind == 'ring' and count < max_depth)
   raise BadInput(f'--cache={text}: no such cache; use full, latest, ring:M or first:M with M from 1, such as ring:1')
@@ -106,7 +107,7 @@ class Request:
     _require(bool(self.tokens), '--prompt: it has no tokens; give at least one')
     for name, low in (('depth', 1), ('max_new_tokens', 1), ('seed', 0), ('top_k', 0)):
       value = vars(self)[name]
-      _require(low <= value <= _LARGEST, f'--{name}={value} is out of range; give a number from {low} to {_LARGEST}')
+      _require(low <= value <= LARGEST, f'--{name}={value} is out of range; give a number from {low} to {LARGEST}')
     for name, low, high, hint in (
       ('temperature', 0, math.inf, '0 is greedy, 0.7 is usual'),
       ('top_p', 0, 1, '1 keeps every token, 0.95 is usual'),
@@ -167,18 +168,18 @@ def _round_up(number: int, smallest: int = _SMALLEST) -> int:
 class Engine:
   """A model ready to answer, on the devices of `mesh`."""
 
-  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full'):
-    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput."""
+  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full', most_tokens: int = LARGEST):
+    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput. most_tokens: of a prompt and its answer."""
     parse_cache(cache, 1)
     # Rematerialization serves a backward pass only, and blocks under it cannot hand out their buffers.
     self.model = build(dataclasses.replace(model.cfg, remat='none'), model.depth)
-    self.mesh, self.cache = mesh, cache
+    self.mesh, self.cache, self.most_tokens = mesh, cache, most_tokens
     with jax.set_mesh(mesh):
       self.params = jax.jit(model.cast)(params)
 
   def answer(self, requests: list[Request]) -> list[Answer]:
     """All answers, once the last is done."""
-    *_, last = self.stream(requests, every=_LARGEST)
+    *_, last = self.stream(requests, every=LARGEST)
     return last
 
   def stream(self, requests: list[Request], every: int = 1) -> Iterator[list[Answer]]:
@@ -197,7 +198,7 @@ class Engine:
     window = min(window, len(requests))
     with jax.set_mesh(self.mesh):
       flight = take_off(self.model, self.params, self._begin(requests, asks), asks)
-      flight = fly(self.model, self.params, flight, asks, np.int32(_LARGEST), slots=slots, window=window)
+      flight = fly(self.model, self.params, flight, asks, np.int32(LARGEST), slots=slots, window=window)
       return _answers(flight.decoding, requests)
 
   def _begin(self, requests: list[Request], asks: Asks) -> Decoding:
@@ -223,7 +224,15 @@ class Engine:
         f'a prompt has token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}, use its own tokenizer',
       )
     slots = parse_cache(self.cache, max(r.depth for r in requests))
-    return slots, _round_up(max(len(r.tokens) for r in requests)), _round_up(max(r.max_new_tokens for r in requests))
+    for r in requests:
+      _require(
+        len(r.tokens) + r.max_new_tokens <= self.most_tokens,
+        f'a prompt of {len(r.tokens)} tokens and --max_new_tokens={r.max_new_tokens} are more than {self.most_tokens} '
+        'together, too far beyond the rows that the model was trained on; shorten one of them',
+      )
+    width, new = _round_up(max(len(r.tokens) for r in requests)), _round_up(max(r.max_new_tokens for r in requests))
+    memory.check_cache(cache_bytes(self.model.cfg, slots, len(requests), width + new))
+    return slots, width, new
 
 
 def _answers(decoding: Decoding, requests: list[Request]) -> list[Answer]:

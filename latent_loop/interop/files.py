@@ -17,14 +17,21 @@ _INTEGERS = ('I32', 'I64')
 
 def read_json(path: Path) -> dict[str, Any]:
   try:
-    values = json.loads(path.read_bytes())
+    values = json.loads(path.read_bytes(), parse_int=_integer)
   except FileNotFoundError as error:
     raise BadInput(f'{path}: no such file; give a folder that holds {path.name}') from error
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise BadInput(f'{path}: not a readable JSON file ({error}); download or write it again') from error
   if not isinstance(values, dict):
     raise BadInput(f'{path}: holds a {type(values).__name__}; the rule is one JSON object, write it again')
   return values
+
+
+def _integer(digits: str) -> int:
+  """Numbers beyond this are nobody's size, and turn into no float."""
+  if len(digits) > 18:
+    raise ValueError(f'the number {digits[:18]}... is too large')
+  return int(digits)
 
 
 def entry(path: Path, values: dict[str, Any], key: str, kind: type) -> Any:

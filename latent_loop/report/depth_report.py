@@ -27,6 +27,10 @@ COLUMNS = (
 )
 
 
+_CURVE = {'loss': (float, type(None)), 'n': int, 'k': int}  # what is drawn of a line of metrics.jsonl
+_DEEPEST_BIN = 256  # takes what is deeper, too
+
+
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
   """Writes depth_report.{html,png,json} and returns their paths."""
   figure = _draw(numbers, curve)
@@ -52,10 +56,11 @@ def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Figure:
   axes[0, 0].legend()
   _by_depth(axes[0, 1], numbers['residual_by_depth'], mean, 'residual |s_r - s_(r-1)| / |s_r|')
   axes[0, 1].set_yscale('log')
+  curve = [record for record in curve if all(isinstance(record.get(name), kind) for name, kind in _CURVE.items())]
   steps = [record['step'] for record in curve]
   axes[1, 0].plot(steps, [record['loss'] for record in curve], linewidth=0.8)
   axes[1, 0].set(xlabel='step', ylabel='training loss, nats per token', title='training curve')
-  depths = [record['n'] + record['k'] for record in curve]
+  depths = [min(record['n'] + record['k'], _DEEPEST_BIN) for record in curve]
   axes[1, 1].hist(depths, bins=range(1, max(depths, default=1) + 2), align='left', rwidth=0.9)
   axes[1, 1].set(xlabel='iterations n + k', ylabel='logged steps', title='depths drawn')
   return figure

@@ -21,6 +21,18 @@ def sentences(history: list[dict[str, Any]], cfg: GuardConfig, seq_len: int) -> 
   return [said[-1] for said in found if all(said)]
 
 
+def readable(numbers: dict[str, Any]) -> bool:
+  """Whether an evaluation that was read from a file holds what the alarms look at."""
+  mean = numbers.get('mean_depth')
+  tables = [numbers.get(f'{name}_by_depth') for name in ('loss', 'residual', 'token_correlation')]
+  return type(mean) is int and all(
+    isinstance(table, dict)
+    and {'1', str(mean)} <= table.keys()
+    and all(depth.isdecimal() and (value is None or isinstance(value, float)) for depth, value in table.items())
+    for table in tables
+  )
+
+
 def _collapse(numbers: dict[str, Any], cfg: GuardConfig, seq_len: int) -> str | None:
   mean = str(numbers['mean_depth'])
   correlation = numbers['token_correlation_by_depth'][mean]
