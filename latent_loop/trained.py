@@ -164,9 +164,10 @@ def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
   config, parts = trained.config, []
   options = {'max_new_tokens': config.eval.sample_tokens, 'temperature': 0.7, 'seed': config.seed}
   depths = sorted({1, config.depth.mean, 2 * config.depth.mean})
-  # All depths side by side: a row stops at its own.
   asked = [(depth, prompt) for depth in depths for prompt in prompts]
-  answers = engine_of(trained).answer([request_of(prompt, depth=depth, **options) for depth, prompt in asked])
+  # All depths side by side, over a cache that takes the memory of one: the end of a long run is no place to run out.
+  engine = Engine(trained.model, trained.params, trained.mesh, cache='ring:1')
+  answers = engine.answer([request_of(prompt, depth=depth, **options) for depth, prompt in asked])
   for (depth, prompt), answer in zip(asked, answers, strict=True):
     parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text_of(answer)[0]}\n')
   path = workdir / 'samples.txt'

@@ -309,7 +309,7 @@ def small_config(**overrides):
       'checkpoint.every_steps': 1,
       'checkpoint.keep_last': 9,
       'eval.num_batches': 1,
-      'eval.sample_tokens': 1,
+      'eval.sample_tokens': 0,
       'log.every_steps': 1,
       **overrides,
     }
@@ -341,7 +341,10 @@ def first_gradients(workdir: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
   """2 processes x 4 devices against 1 x 8, float32: losses, every gradient, and each file written once."""
-  experiment, mesh = small_run(tmp_path), ['--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+  experiment, mesh = (
+    small_run(tmp_path, **{'eval.sample_tokens': 2}),
+    ['--config.mesh.fsdp=2', '--config.mesh.tensor=2'],
+  )
   result = bash('launch/local_hosts.sh', '2', '4', f'--config={experiment}', f'--workdir={tmp_path}/two', *mesh)
   assert result.returncode == 0, result.stdout + result.stderr
   assert '[0] preflight: 2 of 2 processes, alike; 8 devices of 2 x 4 (cpu)' in result.stdout
