@@ -257,7 +257,7 @@ def test_what_cannot_be_generated_is_refused_before_the_model_is_touched(make, w
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(engine):
   with pytest.raises(BadInput, match=r'--cache=ring:1'):
-    engine.answer([ask((1,), max_new_tokens=2**31 - 1, depth=2**31 - 1)])
+    engine.answer([ask((1,), max_new_tokens=2**30, depth=2**31 - 1)])
 
 
 def test_a_row_far_longer_than_in_training_is_refused(model, params):

@@ -576,6 +576,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatc
   monkeypatch.setitem(RUN, 'eval.every_steps', 3)
   done, evaluating = [], lambda this, step: done.append(step) or {'step': step}
   monkeypatch.setattr(loop.alarms, 'sentences', lambda *args: [])
+  monkeypatch.setattr(loop.alarms, 'readable', lambda numbers: True)  # these are no whole evaluations
   monkeypatch.setattr(loop, 'evaluate', lambda *args: kill())
   assert start(tmp_path / 'run') is None
   monkeypatch.setattr(loop, 'evaluate', evaluating)
