@@ -14,7 +14,6 @@ from latent_loop import data
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
-from latent_loop.data import tokenizer
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
@@ -139,25 +138,27 @@ def sample(
       raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {_LARGEST}')
   if not (math.isfinite(temperature) and temperature >= 0):
     raise BadInput(f'--temperature={temperature}: not a number from 0 (greedy) up; 0.7 is usual')
+  tokenizer = data.make_tokenizer(trained.config.data)
   try:
-    encoded = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [[tokenizer.bos, *tokens] for tokens in tokenizer.encode(prompts)]
   except UnicodeEncodeError as error:
     raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
   width = max(map(len, encoded)) + new_tokens
-  tokens = jax.numpy.array([row + [tokenizer.PAD] * (width - len(row)) for row in encoded])
+  tokens = jax.numpy.array([row + [tokenizer.pad] * (width - len(row)) for row in encoded])
   lengths = jax.numpy.array([len(row) for row in encoded])
   with jax.set_mesh(trained.mesh):
     out = generate(
-      trained.model, trained.params, tokens, lengths, jax.random.key(seed), depth, temperature, tokenizer.EOS
+      trained.model, trained.params, tokens, lengths, jax.random.key(seed), depth, temperature, tokenizer.eos
     )
   return [
-    tokenizer.decode(_until_eos(row[n : n + new_tokens])) for row, n in zip(jax.device_get(out), lengths, strict=True)
+    tokenizer.decode(_until(tokenizer.eos, row[n : n + new_tokens]))
+    for row, n in zip(jax.device_get(out), lengths, strict=True)
   ]
 
 
-def _until_eos(tokens: Iterable[int]) -> list[int]:
+def _until(end: int, tokens: Iterable[int]) -> list[int]:
   tokens = [int(t) for t in tokens]
-  return tokens[: tokens.index(tokenizer.EOS)] if tokenizer.EOS in tokens else tokens
+  return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:

@@ -12,7 +12,17 @@ import numpy as np
 
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
+from latent_loop.data.mixture import Mixture
 from latent_loop.data.packing import stack
+
+
+def make_order(rows: Rows, seed: int) -> Sequence[int]:
+  """Place in the endless stream -> row: each part of `rows` reshuffled each epoch, parts woven by their weights."""
+  parts = rows.parts if isinstance(rows, Mixture) else ((range(len(rows)), 1.0),)
+  orders = [
+    grain.MapDataset.source(ids).seed((seed + i) % 2**32).shuffle().repeat() for i, (ids, _) in enumerate(parts)
+  ]
+  return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for _, weight in parts])
 
 
 class Batches:
@@ -20,12 +30,16 @@ class Batches:
 
   def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
     """mine: which rows of each global batch to build; None = all."""
-    self._rows, self._order = rows, grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat()
+    self._rows, self._order = rows, make_order(rows, seed)
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
+
+  def row_ids(self, step: int) -> list[int]:
+    """Which rows this process builds at `step`."""
+    return [int(self._order[step * self._global + i]) for i in self._mine]
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack([self._rows[self._order[step * self._global + i]] for i in self._mine])
+    return stack([self._rows[i] for i in self.row_ids(step)])
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""
