@@ -22,7 +22,8 @@ END
 mkdir -p data
 if [ ! -f data/small_text_tokenizer/tokenizer.json ]; then
   echo "1 of 2: a tokenizer (data/small_text_tokenizer)"
-  python -m launch.train_tokenizer "${inputs[@]}" --vocab_size=4096 --output=data/small_text_tokenizer/tokenizer.json
+  python -m launch.train_tokenizer "${inputs[@]}" --vocab_size=4096 --sample_bytes=50000000 \
+    --output=data/small_text_tokenizer/tokenizer.json
 fi
 echo "2 of 2: tokens (data/small_text)"
 python -m launch.prepare_data "${inputs[@]}" --tokenizer=data/small_text_tokenizer/tokenizer.json \

@@ -16,6 +16,8 @@ _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 4096, 'tokens in all, the 256 b
 _OUTPUT = flags.DEFINE_string('output', None, 'the tokenizer.json to write')
 _TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the key of .jsonl, or column of .parquet, that holds the text')
 
+_SAMPLE_BYTES = flags.DEFINE_integer('sample_bytes', 2**28, 'about how much of the input to train on', lower_bound=1)
+
 
 def main() -> int:
   from latent_loop.errors import BadInput
@@ -24,7 +26,7 @@ def main() -> int:
   if not (_INPUT.value and _OUTPUT.value):
     raise BadInput('--input and --output are needed: what to read, and the tokenizer.json to write')
   say = lambda line: print(line, flush=True)
-  vocabulary.train(_INPUT.value, _VOCAB_SIZE.value, Path(_OUTPUT.value), _TEXT_KEY.value, say)
+  vocabulary.train(_INPUT.value, _VOCAB_SIZE.value, Path(_OUTPUT.value), _TEXT_KEY.value, _SAMPLE_BYTES.value, say)
   return DONE
 
 
