@@ -37,9 +37,7 @@ def train(
     broken += code.decode(tokens) != text
   if broken:
     raise BadInput(f'{output}: {broken} texts that were held out do not come back from their tokens as they were')
-  held_out = (
-    f'{num_bytes / max(num_tokens, 1):.3f} bytes per token on {num_bytes / 1e6:.1f} MB that it was not trained on'
-  )
+  worth = f'{num_bytes / max(num_tokens, 1):.3f} bytes per token on {num_bytes / 1e6:.1f} MB it was not trained on'
   say(f'{output}: {code.vocab_size} tokens, {worth}, each text back as it was; SHA-256 {code.fingerprint}')
 
 
