@@ -1,7 +1,7 @@
 """Prepares text for training: python -m launch.prepare_data --input='docs/**/*.jsonl' --output=data/docs
 
-Reads .txt, .md, source files, .jsonl (.gz, .zst) and .parquet; --input may be repeated, and a folder stands for all
-files under it. Killed or stopped, start it again: it goes on where it was.
+Reads .txt, .md, source files, .jsonl (.gz, .zst) and .parquet; --input may be repeated, and a folder stands for the
+text and source files under it. Killed or stopped, start it again: it goes on where it was.
 Train on the output with config.data.source='prepared'.
 """
 

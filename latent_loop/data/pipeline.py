@@ -12,17 +12,19 @@ import numpy as np
 
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
-from latent_loop.data.mixture import Mixture
+from latent_loop.data.mixture import Mixture, Woven
 from latent_loop.data.packing import stack
 
 
 def make_order(rows: Rows, seed: int) -> Sequence[int]:
-  """Place in the endless stream -> row: each part of `rows` reshuffled each epoch, parts woven by their weights."""
-  parts = rows.parts if isinstance(rows, Mixture) else ((range(len(rows)), 1.0),)
-  orders = [
-    grain.MapDataset.source(ids).seed((seed + i) % 2**32).shuffle().repeat() for i, (ids, _) in enumerate(parts)
-  ]
-  return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for _, weight in parts])
+  """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights."""
+  if isinstance(rows, Mixture):
+    return Woven([_shuffled(part, seed + i) for i, part in enumerate(rows.parts)], rows.weights)
+  return _shuffled(range(len(rows)), seed)
+
+
+def _shuffled(ids: range, seed: int) -> Sequence[int]:
+  return grain.MapDataset.source(ids).seed(seed % 2**32).shuffle().repeat()
 
 
 class Batches:
@@ -35,7 +37,7 @@ class Batches:
 
   def row_ids(self, step: int) -> list[int]:
     """Which rows this process builds at `step`."""
-    return [int(self._order[step * self._global + i]) for i in self._mine]
+    return [self._order[step * self._global + i] for i in self._mine]
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""

@@ -19,7 +19,7 @@ class PreparedRows:
   """The rows of one split of one folder; random access."""
 
   def __init__(self, stream: Stream, cfg: DataConfig, pad: int):
-    self.stream, self._seq_len, self._pad = stream, cfg.seq_len, pad
+    self.stream, self.seq_len, self._pad = stream, cfg.seq_len, pad
     self.layout = LAYOUTS[cfg.packing](stream, cfg.seq_len)
 
   def __len__(self) -> int:
@@ -27,7 +27,7 @@ class PreparedRows:
 
   def __getitem__(self, index: int) -> Row:
     spans = self.layout.spans(int(index))
-    return pieces_to_row([self.stream.read(a, b) for a, b in spans], self._seq_len, self._pad)
+    return pieces_to_row([self.stream.read(a, b) for a, b in spans], self.seq_len, self._pad)
 
 
 class Prepared:

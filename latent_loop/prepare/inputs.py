@@ -47,8 +47,8 @@ class Part:
 def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
   """(the files of all patterns in a fixed order, each once; the number of files left out, by ending).
 
-  A pattern is a glob (** crosses folders), a file, or a folder, which stands for all files under it. Raises BadInput
-  for a pattern that gives nothing to read.
+  A pattern is a glob (** crosses folders), a file, or a folder, which stands for the text and source files under it:
+  .jsonl and .parquet may be anything there, so they are named by globs. Raises BadInput when there is nothing to read.
   """
   files, others, seen = [], collections.Counter(), set()
   for number, pattern in enumerate(patterns):
@@ -58,21 +58,23 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
         continue
       seen.add(path)
       kind = kind_of(path)
-      if kind is None:
+      if kind is None or (kind != 'text' and os.path.isdir(pattern)):
         others[Path(path).suffix or 'no ending'] += 1
         continue
       facts = os.stat(path)
       files.append(File(len(files), path, kind, number, facts.st_size, f'{facts.st_size} {facts.st_mtime_ns}'))
     if len(files) == before:
       raise BadInput(
-        f'--input={pattern}: no file to read{_why(others)}; known endings are .txt, .md, source files, .jsonl '
-        '(.gz, .zst), .parquet; ** crosses folders'
+        f'--input={pattern}: no file to read{_why(others)}; known are .txt, .md, source files, and by a glob, as in '
+        "'folder/**/*.jsonl', .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
       )
   return files, dict(sorted(others.items()))
 
 
 def _why(others: collections.Counter) -> str:
-  return f' ({sum(others.values())} of endings that are not known: {", ".join(sorted(others)[:5])})' if others else ''
+  return (
+    f' ({sum(others.values())} of endings that are not read here: {", ".join(sorted(others)[:5])})' if others else ''
+  )
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -248,7 +248,9 @@ def summary(found: manifest.Manifest) -> list[str]:
     lines.append(f'{source["input"]}: {size}, {source["documents"]:,} documents; dropped: {dropped}')
   others = found.about['files left out, by ending']
   if others:
-    lines.append('files left out, of endings that are not known: ' + ', '.join(f'{n} {e}' for e, n in others.items()))
+    lines.append(
+      'files left out, of endings that are not read there: ' + ', '.join(f'{n} {e}' for e, n in others.items())
+    )
   for split in manifest.SPLITS:
     shards = found.of(split)
     documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
