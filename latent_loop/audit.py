@@ -99,8 +99,8 @@ def check_order(rows: data.Rows, ids: np.ndarray, epochs: int) -> list[str]:
       missing, again = int((counts == 0).sum()), int((counts > 1).sum())
       if missing or again:
         faults.append(
-          f'source {number}, epoch {epoch + 1}: of {len(part):,} rows {missing:,} ({missing / len(part):.1%}) are never '
-          f'read, {again:,} ({again / len(part):.1%}) are read again'
+          f'source {number}, epoch {epoch + 1}: of {len(part):,} rows {missing:,} ({missing / len(part):.1%}) are '
+          f'never read, {again:,} ({again / len(part):.1%}) are read again'
         )
   return faults
 
@@ -110,7 +110,7 @@ def check_rows(path: str, rows: PreparedRows, say: Callable[[str], None]) -> lis
   spans = np.array([span for i in range(len(rows)) for span in rows.layout.spans(i)], np.int64).reshape(-1, 2)
   ends = np.concatenate(list(rows.stream.document_ends()))
   starts = np.concatenate([[0], ends[:-1]])
-  lost, again = targets(spans[np.lexsort((spans[:, 1], spans[:, 0]))], starts, ends)
+  lost, again = targets(spans, starts, ends)
   used = int((spans[:, 1] - spans[:, 0] - 1).sum())
   places = len(rows) * rows.seq_len
   say(
@@ -121,7 +121,7 @@ def check_rows(path: str, rows: PreparedRows, say: Callable[[str], None]) -> lis
 
 
 def targets(spans: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
-  """(tokens that are never a target, tokens that are one again) of documents [start, end), by the spans, in order.
+  """(tokens that are never a target, tokens that are one again) of documents [start, end), by the spans.
 
   A span [a, b) makes targets of a + 1 to b - 1; all but the first token of a document should be one, once.
   """

@@ -72,9 +72,7 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
 
 
 def _why(others: collections.Counter) -> str:
-  return (
-    f' ({sum(others.values())} of endings that are not read here: {", ".join(sorted(others)[:5])})' if others else ''
-  )
+  return f' ({sum(others.values())} with other endings: {", ".join(sorted(others)[:5])})' if others else ''
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -44,7 +44,7 @@ class Range:
 def do(part: Range, work: Path, output: Path) -> dict:
   """Writes the shards of `part` in `output`, unless the mark in `work` says that they are there; returns the mark.
 
-  The mark: 'duplicates' {file: count} and 'shards' [{name, documents, tokens, records}].
+  The mark: 'duplicates' {file: (count, bytes)} and 'shards' [{name, documents, tokens, records}].
   """
   if (mark := units.read_mark(work, part.key, output)) is not None:
     return mark
@@ -56,17 +56,19 @@ def do(part: Range, work: Path, output: Path) -> dict:
     if mine.any():
       shards.append(_write(output, name, table[:, mine], part, work))
       files += [output / (name + ending) for ending in ENDINGS]
-  numbers, counts = np.unique(duplicates, return_counts=True)
-  found = {str(number): int(count) for number, count in zip(numbers, counts, strict=True)}
+  found = {}
+  for number, num_bytes in duplicates.T.tolist():
+    count, total = found.get(str(number), (0, 0))
+    found[str(number)] = (count + 1, total + num_bytes)
   return units.write_mark(work, part.key, files, {'duplicates': found, 'shards': shards})
 
 
 ENDINGS = (TOKENS_ENDING, INDEX_ENDING)
-_SEGMENT = units.NUM_TOKENS + 1  # a last row, added here: which segment holds the document
+_SEGMENT = units.NUM_BYTES + 1  # a last row, added here: which segment holds the document
 
 
 def _documents(part: Range, work: Path) -> tuple[np.ndarray, np.ndarray]:
-  """(the table of the documents in the range, by digest, each once; the files of those that came again)."""
+  """(the table of the documents in the range, by digest, each once; file and bytes of those that came again)."""
   low, high = part.bounds
   tables = []
   for number, segment in enumerate(part.segments):
@@ -79,7 +81,7 @@ def _documents(part: Range, work: Path) -> tuple[np.ndarray, np.ndarray]:
   table = table[:, units.in_order(table)]
   again = np.zeros(table.shape[1], bool)
   again[1:] = (table[HIGH, 1:] == table[HIGH, :-1]) & (table[LOW, 1:] == table[LOW, :-1])
-  return table[:, ~again], table[FILE, again]
+  return table[:, ~again], table[[FILE, units.NUM_BYTES]][:, again]
 
 
 def _write(output: Path, name: str, table: np.ndarray, part: Range, work: Path) -> dict:

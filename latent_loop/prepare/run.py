@@ -29,6 +29,7 @@ WORK = 'unfinished'  # a folder in the output, gone at the end
 SHARD_BYTES = 64 * 2**20  # of input for each shard
 _MAX_SHARDS = 4096
 _SAY_SECS, _LOOK_SECS = 5.0, 0.2
+_ENDINGS_SAID = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,8 @@ def _own(output: Path) -> Iterator[Path]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise BadInput(f'--output={output}: another process prepares this folder; wait for it, or end it') from error
+    for left in [*work.glob(f'*{textfile.TEMPORARY}'), *output.glob(f'*{textfile.TEMPORARY}')]:
+      left.unlink()  # of a killed process; it may be what fills the disk
     yield work
 
 
@@ -187,13 +190,15 @@ class _Report:
       for number, numbers in mark['files'].items():
         counts[int(number)].update(numbers)
     for mark in merged:
-      for number, count in mark['duplicates'].items():
-        counts[int(number)]['dropped: duplicate'] += count
+      for number, (count, num_bytes) in mark['duplicates'].items():
+        counts[int(number)].update({'dropped: duplicate': count, 'kept bytes': -num_bytes})
     self.lines = [{'path': file.path, 'bytes': file.num_bytes, **counts[file.number]} for file in files]
     self.sources = []
     for number, pattern in enumerate(request.patterns):
       mine = [file for file in files if file.input == number]
-      total = sum((counts[file.number] for file in mine), collections.Counter())
+      total = collections.Counter()
+      for file in mine:
+        total.update(counts[file.number])
       self.sources.append({
         'input': pattern, 'files': len(mine), 'bytes': sum(file.num_bytes for file in mine),
         **{name: total[name] for name in sorted({'documents', 'kept bytes', *total})},
@@ -248,8 +253,9 @@ def summary(found: manifest.Manifest) -> list[str]:
     lines.append(f'{source["input"]}: {size}, {source["documents"]:,} documents; dropped: {dropped}')
   others = found.about['files left out, by ending']
   if others:
+    most = sorted(others, key=others.get, reverse=True)[:_ENDINGS_SAID]
     lines.append(
-      'files left out, of endings that are not read there: ' + ', '.join(f'{n} {e}' for e, n in others.items())
+      f'files left out by their ending: {", ".join(f"{others[e]} {e}" for e in most)} (all: {manifest.NAME})'
     )
   for split in manifest.SPLITS:
     shards = found.of(split)

@@ -1,9 +1,8 @@
 """A unit of work to tokens: files named by a key, which says what they were made from and how.
 
-KEY-0.tokens          the documents that are kept, one behind the other
-KEY-0.documents.npy   uint64 [6, documents], sorted by digest: the rows of shards/records.py, and the number of tokens
-KEY-1.tokens ...      so on, when a unit has more documents than should be held in memory
-KEY.json              counts, and the checksums of all these; written last
+KEY-0.tokens: the documents that are kept, one behind the other. KEY-0.documents.npy: uint64 [7, documents] by digest: the
+rows of shards/records.py, then number of tokens and bytes of text. KEY-1 and so on when a unit has more documents
+than should be held in memory. KEY.json: counts, and the checksums of all these; written last.
 """
 
 import collections
@@ -12,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +22,10 @@ from latent_loop.prepare import filters
 from latent_loop.prepare.inputs import Part
 from latent_loop.prepare.reading import documents
 from latent_loop.shards import manifest
-from latent_loop.shards.records import FILE, HIGH, LOW, PLACE, ROWS, token_dtype, write_index
+from latent_loop.shards.records import FILE, HIGH, LOW, PLACE, ROWS, settled, token_dtype, write_index
 
-NUM_TOKENS = ROWS  # one row more than an index has
-_VERSION = 1  # of what a unit does; in its key
+NUM_TOKENS, NUM_BYTES = ROWS, ROWS + 1  # two rows more than an index has
+_VERSION = 2  # of what a unit does; in its key
 _BATCH_BYTES = 2**20  # of text that the tokenizer gets at once
 _SEGMENT_DOCUMENTS = 2**17
 
@@ -102,19 +100,15 @@ def _write_segment(items: Iterator, code: tokenizer.Tokenizer, name: str, folder
   """Writes the files of one segment; None when there is no document left."""
   dtype, columns, end = token_dtype(code.vocab_size), [], 0
   tokens_path, documents_path = (folder / file for file in names(name))
-  temporary = folder / f'{tokens_path.name}.{os.getpid()}.tmp'
-  with temporary.open('wb') as file:
+  with settled(tokens_path) as temporary, temporary.open('wb') as file:
     for batch in _batches(items):
-      for (head, _), tokens in zip(batch, code.encode([text for _, text in batch]), strict=True):
+      for (head, text), tokens in zip(batch, code.encode([text for _, text in batch]), strict=True):
         file.write(np.r_[code.bos, tokens, code.eos].astype(dtype).tobytes())
         end += len(tokens) + 2
-        columns.append((end, *head, len(tokens) + 2))
-    file.flush()
-    os.fsync(file.fileno())
+        columns.append((end, *head, len(tokens) + 2, len(text.encode())))
   if not columns:
-    temporary.unlink()
+    tokens_path.unlink()
     return None
-  os.replace(temporary, tokens_path)
   table = np.array(columns, np.uint64).T
   write_index(documents_path, np.ascontiguousarray(table[:, in_order(table)]))
   return name

@@ -1,5 +1,6 @@
 """The two files of a shard, written whole or not at all, and read at random; what is damaged is named."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from latent_loop import textfile
 from latent_loop.errors import BadInput
 
 RECORD_TOKENS = 2048
@@ -24,28 +26,38 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def write_tokens(path: Path, tokens: Iterable[np.ndarray]) -> int:
   """Writes the pieces of `tokens` as one shard and returns the number of records; the same tokens, the same bytes."""
-  count, temporary = 0, path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  writer = ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')
-  for record in _records(tokens):
-    writer.write(record)
-    count += 1
-  writer.close()
-  _settle(temporary, path)
+  count = 0
+  with settled(path) as temporary:
+    writer = ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')
+    try:
+      for record in _records(tokens):
+        writer.write(record)
+        count += 1
+      writer.close()
+    except RuntimeError as error:  # a full disk and the like, in its words
+      raise OSError(f'{path}: {error}') from error
   return count
 
 
 def write_index(path: Path, index: np.ndarray) -> None:
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  with temporary.open('wb') as file:
+  with settled(path) as temporary, temporary.open('wb') as file:
     np.save(file, index)
-  _settle(temporary, path)
 
 
-def _settle(temporary: Path, path: Path) -> None:
-  """On the disk before it has its name: a mark that says it is whole may outlive a power failure."""
-  with temporary.open('rb') as file:
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+@contextlib.contextmanager
+def settled(path: Path) -> Iterator[Path]:
+  """A file to write that becomes `path` at the end, or is gone.
+
+  It is on the disk before it has its name: a mark that says it is whole may outlive a power failure.
+  """
+  temporary = path.with_name(f'{path.name}.{os.getpid()}{textfile.TEMPORARY}')
+  try:
+    yield temporary
+    with temporary.open('rb') as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _records(tokens: Iterable[np.ndarray]) -> Iterator[bytes]:
