@@ -131,7 +131,7 @@ def test_shares_are_exact_and_each_stream_is_read_in_its_order(weights):
 def test_the_audit_passes_for_1_2_4_8_hosts_and_over_a_resume_and_reports_the_mixture(folder, copy):
   alone, mixed = config_of(folder), config_of(folder, copy, weights=(0.75, 0.25), packing='best_fit')
   for config in (alone, mixed):
-    config, said = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=512)), []
+    config, said = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=500)), []
     assert audit.audit(config, [1, 2, 4, 8], 2, None, said.append) == []
     text = '\n'.join(said)
     assert text.count('every row once in each epoch') == 5 and 'targets lost to packing 0, twice 0' in text

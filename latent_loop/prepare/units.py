@@ -1,7 +1,7 @@
 """A unit of work to tokens: files named by a key, which says what they were made from and how.
 
-KEY-0.tokens: the documents that are kept, one behind the other. KEY-0.documents.npy: uint64 [7, documents] by digest: the
-rows of shards/records.py, then number of tokens and bytes of text. KEY-1 and so on when a unit has more documents
+KEY-0.tokens: the documents that are kept, one behind the other. KEY-0.documents.npy: uint64 [7, documents] by digest:
+the rows of shards/records.py, then number of tokens and bytes of text. KEY-1 and so on when a unit has more documents
 than should be held in memory. KEY.json: counts, and the checksums of all these; written last.
 """
 
