@@ -23,7 +23,7 @@ from latent_loop.errors import BadInput
 from latent_loop.interrupt import StopRequest
 from latent_loop.prepare import filters, inputs, merge, units
 from latent_loop.shards import manifest
-from latent_loop.shards.records import RECORD_TOKENS, token_dtype
+from latent_loop.shards.records import RECORD_TOKENS, settled, token_dtype
 
 WORK = 'unfinished'  # a folder in the output, gone at the end
 SHARD_BYTES = 64 * 2**20  # of input for each shard
@@ -74,7 +74,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
 
 
 def _finished(output: Path, key: str) -> manifest.Manifest:
-  """A folder that has its manifest is not touched again."""
+  """A folder that has its manifest is not touched again, but for what a kill in the last moment left."""
   found = manifest.read(output)
   if found.key != key:
     raise BadInput(
@@ -85,6 +85,7 @@ def _finished(output: Path, key: str) -> manifest.Manifest:
     raise BadInput(
       f'{"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}; restore from a copy, or remove {output} and start again'
     )
+  shutil.rmtree(output / WORK, ignore_errors=True)
   return found
 
 
@@ -216,7 +217,8 @@ def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Repo
   textfile.write(output / manifest.FILES, ''.join(json.dumps(line) + '\n' for line in report.lines))
   others.append(manifest.FILES)
   if request.tokenizer != 'bytes':
-    textfile.write(output / manifest.TOKENIZER, Path(request.tokenizer).read_text(encoding='utf-8'))
+    with settled(output / manifest.TOKENIZER) as temporary:
+      shutil.copyfile(request.tokenizer, temporary)  # byte by byte: its checksum is its name
     others.append(manifest.TOKENIZER)
   shards = []
   for mark in merged:
