@@ -103,10 +103,13 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-  """Where rows of tokens come from. Difficulty is read by the synthetic tasks only."""
+  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights, packing."""
 
   source: str = 'embedded_text'
   seq_len: int = 256
+  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote
+  weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
+  packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
   min_difficulty: int = 1
   max_difficulty: int = 8
   validation_fraction: float = 0.05
@@ -124,6 +127,14 @@ class DataConfig:
     _require(
       0 < self.validation_fraction < 1,
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
+    )
+    _require(
+      bool(self.paths) == (self.source == 'prepared'),
+      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" only',
+    )
+    _require(
+      not self.weights or (len(self.weights) == len(self.paths) and min(self.weights) > 0),
+      f'config.data.weights={self.weights}: not a positive number for each of the {len(self.paths)} paths',
     )
 
 

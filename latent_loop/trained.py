@@ -167,9 +167,10 @@ def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
   asked = [(depth, prompt) for depth in depths for prompt in prompts]
   # All depths side by side, over a cache that takes the memory of one: the end of a long run is no place to run out.
   engine = Engine(trained.model, trained.params, trained.mesh, cache='ring:1')
-  answers = engine.answer([request_of(prompt, depth=depth, **options) for depth, prompt in asked])
+  tokenizer = data.make_tokenizer(config.data)
+  answers = engine.answer([request_of(tokenizer, prompt, depth=depth, **options) for depth, prompt in asked])
   for (depth, prompt), answer in zip(asked, answers, strict=True):
-    parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text_of(answer)[0]}\n')
+    parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text_of(tokenizer, answer)[0]}\n')
   path = workdir / 'samples.txt'
   if jax.process_index() == 0:
     path.write_text('\n'.join(parts))

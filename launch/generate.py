@@ -40,18 +40,19 @@ def main() -> int:
   if (_PROMPT.value is None) == (_PROMPTS.value is None):
     raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line')
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
-  from latent_loop import trained
+  from latent_loop import data, trained
 
   model = trained.load(workdir)
-  requests = [_request(one, model.config.depth.mean) for one in asked]
+  tokenizer = data.make_tokenizer(model.config.data)
+  requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
   engine = trained.engine_of(model, _CACHE.value)
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
-    _answer_in_json(engine, asked, requests)
+    _answer_in_json(tokenizer, engine, asked, requests)
   elif len(requests) == 1:
-    _type(engine, asked[0]['prompt'], requests)
+    _type(tokenizer, engine, asked[0]['prompt'], requests)
   else:
-    for one, text in zip(asked, _texts(engine, requests), strict=True):
+    for one, text in zip(asked, _texts(tokenizer, engine, requests), strict=True):
       print(one['prompt'] + text)
   return 0
 
@@ -110,30 +111,30 @@ def _json_lines() -> list[dict]:
   return out
 
 
-def _request(one: dict, mean_depth: int):
+def _request(tokenizer, one: dict, mean_depth: int):
   from latent_loop.inference.engine import ExitRule
   from latent_loop.inference.text import request_of
 
   options = _options() | one
   options['depth'] = mean_depth if options['depth'] is None else options['depth']
   options['exit'] = ExitRule.parse(options['exit'])
-  return request_of(options.pop('prompt'), **options)
+  return request_of(tokenizer, options.pop('prompt'), **options)
 
 
-def _texts(engine, requests) -> list[str]:
+def _texts(tokenizer, engine, requests) -> list[str]:
   from latent_loop.inference.text import text_of
 
-  return [text_of(answer, tuple(_STOP.value))[0] for answer in engine.answer(requests)]
+  return [text_of(tokenizer, answer, tuple(_STOP.value))[0] for answer in engine.answer(requests)]
 
 
-def _type(engine, prompt: str, requests) -> None:
+def _type(tokenizer, engine, prompt: str, requests) -> None:
   """One answer, as it comes."""
   from latent_loop.inference.text import text_of
 
   shown, held = 0, max((len(stop) - 1 for stop in _STOP.value), default=0)  # the last letters may begin a stop string
   print(prompt, end='', flush=True)
   for (answer,) in engine.stream(requests):
-    text, finish = text_of(answer, tuple(_STOP.value))
+    text, finish = text_of(tokenizer, answer, tuple(_STOP.value))
     safe = len(text) if finish else max(len(text) - held, shown)
     print(text[shown:safe], end='', flush=True)
     shown = safe
@@ -142,11 +143,11 @@ def _type(engine, prompt: str, requests) -> None:
   print(flush=True)
 
 
-def _answer_in_json(engine, asked, requests) -> None:
+def _answer_in_json(tokenizer, engine, asked, requests) -> None:
   from latent_loop.inference.text import text_of
 
   for one, answer in zip(asked, engine.answer(requests), strict=True):
-    text, finish = text_of(answer, tuple(_STOP.value))
+    text, finish = text_of(tokenizer, answer, tuple(_STOP.value))
     print(json.dumps({'prompt': one['prompt'], 'text': text, **dataclasses.asdict(answer), 'finish': finish}))
 
 

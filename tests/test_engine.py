@@ -16,6 +16,7 @@ from latent_loop.inference.engine import Engine, ExitRule, Request, asks_of, par
 from latent_loop.inference.sampling import Sampling, restrict
 from latent_loop.inference.text import request_of, text_of
 from latent_loop.model.layers import Rows
+from latent_loop.tokenizer import Bytes
 from tests.tiny import V, mesh_of, random_params, tiny_model
 
 DEPTH, NEW = 5, 7
@@ -223,11 +224,12 @@ def test_the_same_seed_draws_the_same_tokens_and_another_does_not(engine):
 
 
 def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed):
-  answer = dataclasses.replace(mixed[0], tokens=[*'a-é'.encode(), *b'b-c'], finish=None)
-  assert text_of(answer) == ('a-éb-c', None)
-  assert text_of(answer, ('c', 'b-')) == ('a-é', 'stop')
+  answer = dataclasses.replace(mixed[0], tokens=[*'a-\u00e9'.encode(), *b'b-c'], finish=None)
+  text = lambda answer, *stops: text_of(Bytes(), answer, stops)
+  assert text(answer) == ('a-\u00e9b-c', None)
+  assert text(answer, 'c', 'b-') == ('a-\u00e9', 'stop')
   half = dataclasses.replace(answer, tokens=answer.tokens[:3])
-  assert text_of(half) == ('a-', None) and text_of(dataclasses.replace(half, finish='length')) == ('a-\ufffd', 'length')
+  assert text(half) == ('a-', None) and text(dataclasses.replace(half, finish='length')) == ('a-\ufffd', 'length')
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed
     (lambda: ExitRule.parse('kl:1:0'), 'min_depth=0'),
     (lambda: parse_cache('ring:0', 4), '--cache=ring:0'),
     (lambda: parse_cache('half', 4), '--cache=half'),
-    (lambda: request_of('\udcff', depth=1), 'not UTF-8 text'),
+    (lambda: request_of(Bytes(), '\udcff', depth=1), 'not UTF-8 text'),
   ],
 )
 def test_what_cannot_be_generated_is_refused_before_the_model_is_touched(make, words):

@@ -11,7 +11,9 @@ from latent_loop.config import Config, DataConfig
 from latent_loop.data import tasks
 from latent_loop.data.embedded_text import EmbeddedText
 from latent_loop.data.packing import Row
+from latent_loop.data.prepared import Prepared
 from latent_loop.errors import BadInput
+from latent_loop.tokenizer import Bytes, Tokenizer
 
 
 class Rows(Protocol):
@@ -34,6 +36,7 @@ class Source(Protocol):
 
 SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
   'embedded_text': EmbeddedText,
+  'prepared': Prepared,
   **{name: functools.partial(tasks.Task, name) for name in tasks.TASKS},
 }
 
@@ -42,6 +45,11 @@ def check_name(cfg: DataConfig) -> None:
   """Raises BadInput unless SOURCES has the name."""
   if cfg.source not in SOURCES:
     raise BadInput(f'config.data.source={cfg.source!r}: not known; choose one of {", ".join(SOURCES)}')
+
+
+def make_tokenizer(cfg: DataConfig) -> Tokenizer:
+  """The tokenizer of a source, without the source's data; raises BadInput."""
+  return Prepared.read_tokenizer(cfg) if cfg.source == 'prepared' else Bytes()
 
 
 def make_source(config: Config) -> Source:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from latent_loop.config import DataConfig
-from latent_loop.data import tokenizer
 from latent_loop.data.packing import Row, window_to_row
 from latent_loop.errors import BadInput
+from latent_loop.tokenizer import utf8
 
 # Third-party packages are not the standard library, and not every system ships the tests.
 _SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'pydoc_data', '__pycache__'}
@@ -23,7 +23,7 @@ class Windows:
   """Fixed windows of T + 1 tokens over the concatenated documents of one split; random access."""
 
   def __init__(self, documents: list[str], seq_len: int, split: str):
-    pieces = [np.r_[tokenizer.BOS, tokenizer.encode(text), tokenizer.EOS].astype(np.uint16) for text in documents]
+    pieces = [np.r_[utf8.BOS, utf8.encode(text), utf8.EOS].astype(np.uint16) for text in documents]
     self._tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
     self._seq_len = seq_len
     if len(self) < 1:
@@ -43,7 +43,7 @@ class Windows:
 class EmbeddedText:
   """Documents split into train and validation by a hash of their name."""
 
-  vocab_size = tokenizer.VOCAB_SIZE
+  vocab_size = utf8.VOCAB_SIZE
   chance_accuracy = None
 
   def __init__(self, cfg: DataConfig, seed: int):

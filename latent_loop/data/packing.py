@@ -3,7 +3,7 @@
 import numpy as np
 
 from latent_loop.batch import Batch
-from latent_loop.data.tokenizer import BOS, PAD
+from latent_loop.tokenizer.utf8 import BOS, PAD
 
 Row = dict[str, np.ndarray]  # the fields of Batch, each [T]
 
@@ -14,11 +14,26 @@ def window_to_row(window: np.ndarray, weights: np.ndarray | None = None) -> Row:
   The row may begin inside a document. `weights` (T + 1) says how much predicting each token counts,
   default 1. A BOS is never a target: what comes before it belongs to another document.
   """
-  starts = window == BOS
+  return _to_row(window, window == BOS, window == PAD, weights)
+
+
+def pieces_to_row(pieces: list[np.ndarray], seq_len: int, pad: int) -> Row:
+  """Pieces of documents as one row: up to seq_len + 1 tokens, then padding.
+
+  The first token of a piece is never a target: what comes before it is of another document, or was a target elsewhere.
+  """
+  window, starts, used = np.full(seq_len + 1, pad, np.int32), np.zeros(seq_len + 1, bool), 0
+  for piece in pieces:
+    starts[used] = True
+    window[used : used + len(piece)] = piece
+    used += len(piece)
+  return _to_row(window, starts, np.arange(seq_len + 1) >= used, None)
+
+
+def _to_row(window: np.ndarray, starts: np.ndarray, padding: np.ndarray, weights: np.ndarray | None) -> Row:
   segment_ids = np.cumsum(starts) + (0 if starts[0] else 1)
   index = np.arange(len(window))
   begin = np.maximum.accumulate(np.where(starts, index, 0))
-  padding = window == PAD
   counts = ~starts & ~padding
   weights = counts.astype(np.float32) if weights is None else weights * counts
   return {

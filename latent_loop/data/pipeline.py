@@ -12,7 +12,19 @@ import numpy as np
 
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
+from latent_loop.data.mixture import Mixture, Woven
 from latent_loop.data.packing import stack
+
+
+def make_order(rows: Rows, seed: int) -> Sequence[int]:
+  """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights."""
+  if isinstance(rows, Mixture):
+    return Woven([_shuffled(part, seed + i) for i, part in enumerate(rows.parts)], rows.weights)
+  return _shuffled(range(len(rows)), seed)
+
+
+def _shuffled(ids: range, seed: int) -> Sequence[int]:
+  return grain.MapDataset.source(ids).seed(seed % 2**32).shuffle().repeat()
 
 
 class Batches:
@@ -20,12 +32,16 @@ class Batches:
 
   def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
     """mine: which rows of each global batch to build; None = all."""
-    self._rows, self._order = rows, grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat()
+    self._rows, self._order = rows, make_order(rows, seed)
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
+
+  def row_ids(self, step: int) -> list[int]:
+    """Which rows this process builds at `step`."""
+    return [self._order[step * self._global + i] for i in self._mine]
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack([self._rows[self._order[step * self._global + i]] for i in self._mine])
+    return stack([self._rows[i] for i in self.row_ids(step)])
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from latent_loop.config import DataConfig
-from latent_loop.data import tokenizer
 from latent_loop.data.packing import Row, window_to_row
 from latent_loop.errors import BadInput
+from latent_loop.tokenizer import utf8
 
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 _PERMUTATIONS = tuple(itertools.permutations(range(3)))
@@ -104,7 +104,7 @@ class TaskRows:
     """One row: whole instances until one does not fit, then padding."""
     rng = np.random.Generator(np.random.Philox(key=[self._seed, _SPLITS[self._split]], counter=[0, 0, 0, int(index)]))
     size = self._cfg.seq_len + 1
-    window, weights, used = np.full(size, tokenizer.PAD, np.uint16), np.zeros(size, np.float32), 0
+    window, weights, used = np.full(size, utf8.PAD, np.uint16), np.zeros(size, np.float32), 0
     while True:
       tokens, counts = _tokens(self.instance(rng))
       if used + len(tokens) > size:
@@ -136,13 +136,13 @@ def _tokens(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
   counts = [0.0]
   for text, is_answer in instance.pieces:
     counts += [float(is_answer)] * len(text)  # the tasks write ASCII: a letter is a byte
-  return np.concatenate([[tokenizer.BOS], tokenizer.encode(instance.text)]), np.array(counts, np.float32)
+  return np.concatenate([[utf8.BOS], utf8.encode(instance.text)]), np.array(counts, np.float32)
 
 
 class Task:
   """One of TASKS as a data source."""
 
-  vocab_size = tokenizer.VOCAB_SIZE
+  vocab_size = utf8.VOCAB_SIZE
 
   def __init__(self, name: str, cfg: DataConfig, seed: int):
     self._name, self._cfg, self._seed = name, cfg, seed

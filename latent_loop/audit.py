@@ -1,0 +1,162 @@
+"""Proof that training sees what it should: replays the order of a run, for several numbers of hosts; reads no token.
+
+That every document is seen once in an epoch follows from two facts, each checked by itself: every token of a document
+but its first is a target in exactly one row, and every row comes exactly once in an epoch.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from latent_loop import data
+from latent_loop.config import Config
+from latent_loop.data.mixture import Mixture
+from latent_loop.data.pipeline import Batches
+from latent_loop.data.prepared import PreparedRows
+from latent_loop.errors import BadInput
+from latent_loop.metrics import read_lines
+
+_WINDOW = 1000  # rows over which the realized mixture is compared with the asked one
+MakeBatches = Callable[[int, range], Batches]  # (host, the rows of a global batch that it builds) -> its batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """From `step` on, `hosts` processes feed the run."""
+
+  step: int
+  hosts: int
+
+
+def audit(config: Config, hosts: list[int], epochs: int, workdir: Path | None, say: Callable[[str], None]) -> list[str]:
+  """Says what holds and returns a sentence for every fault. workdir: also compare with what that run recorded."""
+  if config.data.source != 'prepared':
+    raise BadInput(f'config.data.source={config.data.source!r}: only prepared data has an index to replay')
+  size = config.train.batch_size
+  for count in hosts:
+    if count < 1 or size % count:
+      raise BadInput(f'--hosts={count} does not divide config.train.batch_size={size}; give numbers that do')
+  rows = data.make_source(config).rows('train')
+  sources = rows.sources if isinstance(rows, Mixture) else [rows]
+  faults = [fault for path, one in zip(config.data.paths, sources, strict=True) for fault in check_rows(path, one, say)]
+  make = lambda host, mine: Batches(rows, config.seed, size, mine)
+  num_steps = steps_for(rows, size, epochs)
+  cuts = [Start(num_steps * i // len(hosts), count) for i, count in enumerate(hosts)]
+  for starts in [*([Start(0, count)] for count in hosts), *([cuts] if len(hosts) > 1 else [])]:
+    title = ', then '.join(
+      f'{start.hosts} host(s)' + f' from step {start.step:,}' * bool(start.step) for start in starts
+    )
+    ids, found = replay(make, size, num_steps, starts)
+    found += check_order(rows, ids, epochs)
+    say(f'{title}: {num_steps:,} steps, {"every row once in each epoch" if not found else f"{len(found)} faults"}')
+    faults += [f'{title}: {fault}' for fault in found]
+  say(mixture_line(rows, ids))
+  if workdir is not None:
+    faults += compare_with_run(make(0, range(size)), workdir, say)
+  return faults
+
+
+def steps_for(rows: data.Rows, batch_size: int, epochs: int) -> int:
+  """Steps until every source has been through `epochs` epochs."""
+  if not isinstance(rows, Mixture):
+    return math.ceil(epochs * len(rows) / batch_size)
+  total = sum(rows.weights)
+  places = max(epochs * len(part) * total / weight for part, weight in zip(rows.parts, rows.weights, strict=True))
+  return math.ceil((places + 2 * len(rows.parts)) / batch_size)
+
+
+def replay(make: MakeBatches, batch_size: int, num_steps: int, starts: list[Start]) -> tuple[np.ndarray, list[str]]:
+  """(row at every place of the stream, as the hosts see it, [steps * batch]; faults).
+
+  Each start makes its batches anew, as a process that resumes does.
+  """
+  ids = np.full((num_steps, batch_size), -1, np.int64)
+  faults = []
+  for start, end in itertools.pairwise([*starts, Start(num_steps, 0)]):
+    share = batch_size // start.hosts
+    for host in range(start.hosts):
+      mine = range(host * share, (host + 1) * share)
+      batches = make(host, mine)
+      for step in range(start.step, end.step):
+        ids[step, mine.start : mine.stop] = batches.row_ids(step)
+  if (ids < 0).any():
+    faults.append(f'{(ids < 0).sum()} places of the stream are fed by no host')
+  return ids.reshape(-1), faults
+
+
+def check_order(rows: data.Rows, ids: np.ndarray, epochs: int) -> list[str]:
+  """Faults of the first epochs of every source: rows that are missing in one, and rows that come again."""
+  parts = rows.parts if isinstance(rows, Mixture) else [range(len(rows))]
+  faults = []
+  for number, part in enumerate(parts):
+    mine = ids[(ids >= part.start) & (ids < part.stop)] - part.start
+    for epoch in range(epochs):
+      counts = np.bincount(mine[epoch * len(part) : (epoch + 1) * len(part)], minlength=len(part))
+      missing, again = int((counts == 0).sum()), int((counts > 1).sum())
+      if missing or again:
+        faults.append(
+          f'source {number}, epoch {epoch + 1}: of {len(part):,} rows {missing:,} ({missing / len(part):.1%}) are '
+          f'never read, {again:,} ({again / len(part):.1%}) are read again'
+        )
+  return faults
+
+
+def check_rows(path: str, rows: PreparedRows, say: Callable[[str], None]) -> list[str]:
+  """Whether every token of `rows` but the first of a document is a target once; says what packing costs."""
+  spans = np.array([span for i in range(len(rows)) for span in rows.layout.spans(i)], np.int64).reshape(-1, 2)
+  ends = np.concatenate(list(rows.stream.document_ends()))
+  starts = np.concatenate([[0], ends[:-1]])
+  lost, again = targets(spans, starts, ends)
+  used = int((spans[:, 1] - spans[:, 0] - 1).sum())
+  places = len(rows) * rows.seq_len
+  say(
+    f'{path}: {len(ends):,} documents, {int(ends[-1]):,} tokens, {len(rows):,} rows; targets lost to packing {lost:,}, '
+    f'twice {again:,}; {used / places:.2%} of the places in a row have a target'
+  )
+  return [f'{path}: {lost:,} tokens are never a target, {again:,} more than once'] if lost or again else []
+
+
+def targets(spans: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
+  """(tokens that are never a target, tokens that are one again) of documents [start, end), by the spans.
+
+  A span [a, b) makes targets of a + 1 to b - 1; all but the first token of a document should be one, once.
+  """
+  change = np.zeros(int(ends[-1]) + 1, np.int32)
+  np.add.at(change, spans[:, 0] + 1, 1)
+  np.add.at(change, spans[:, 1], -1)
+  times = np.cumsum(change[:-1])
+  wanted = np.ones(len(times), np.int32)
+  wanted[starts] = 0
+  return int((times < wanted).sum()), int((times > wanted).sum())
+
+
+def mixture_line(rows: data.Rows, ids: np.ndarray) -> str:
+  """Asked and realized shares of the sources, and the worst window."""
+  if not isinstance(rows, Mixture):
+    return 'one source: no mixture'
+  total, parts = sum(rows.weights), []
+  for part, weight in zip(rows.parts, rows.weights, strict=True):
+    mine = np.concatenate([[0], np.cumsum((ids >= part.start) & (ids < part.stop))])
+    window = min(_WINDOW, len(ids))
+    counts = mine[window:] - mine[:-window]
+    asked = weight / total
+    worst = np.abs(counts / window - asked).max()
+    epochs = mine[-1] / len(part)
+    parts.append(
+      f'{mine[-1] / len(ids):.4f} of {asked:.4f} ({epochs:.2f} epochs, windows of {window} within {worst:.4f})'
+    )
+  return 'mixture, realized of asked: ' + '; '.join(parts)
+
+
+def compare_with_run(batches: Batches, workdir: Path, say: Callable[[str], None]) -> list[str]:
+  """Faults where a run recorded other batches than its config gives."""
+  records = read_lines(workdir / 'metrics.jsonl')
+  if not records:
+    raise BadInput(f'{workdir}: no metrics.jsonl with steps to compare; train first')
+  wrong = [r['step'] for r in records if batches.hash(r['step'] - 1) != r['batch_hash']]
+  say(f'{workdir}: {len(records) - len(wrong)} of {len(records)} recorded batches are those of the replay')
+  return [f'{workdir}: the batch of step {step} was another one' for step in wrong]

@@ -1,0 +1,130 @@
+"""What is to be read: globs to parts of files, and parts to units of work of about one size."""
+
+import collections
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from latent_loop import optional
+from latent_loop.errors import BadInput
+
+# What one process reads between two marks, of the files as they lie on the disk: small parts cost little when killed,
+# and every shard looks into every part.
+_LEAST_UNIT_BYTES, _MOST_UNIT_BYTES, _UNITS = 4 * 2**20, 512 * 2**20, 2048
+_TEXT = """txt md rst py pyi pyx pxd c h cc cpp cxx hpp hh cu cuh rs go java kt scala js jsx ts tsx rb pl pm lua jl r sh
+  bash sql f f90 hs ml swift cs php tex bib html css toml yaml yml cfg ini proto cmake""".split()
+KINDS = {
+  **{f'.{suffix}': 'text' for suffix in _TEXT},
+  '.jsonl': 'lines', '.ndjson': 'lines', '.jsonl.gz': 'packed_lines', '.json.gz': 'packed_lines',
+  '.jsonl.zst': 'packed_lines', '.json.zst': 'packed_lines', '.parquet': 'table',
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """input: which --input it came from. state: changes when the file does."""
+
+  number: int
+  path: str
+  kind: str
+  input: int
+  num_bytes: int
+  state: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """[start, stop) of a file: in bytes of .jsonl (the lines that begin there), in row groups of .parquet; else all."""
+
+  file: File
+  start: int
+  stop: int
+  num_bytes: int
+
+
+def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
+  """(the files of all patterns in a fixed order, each once; the number of files left out, by ending).
+
+  A pattern is a glob (** crosses folders), a file, or a folder, which stands for the text and source files under it:
+  .jsonl and .parquet may be anything there, so they are named by globs. Raises BadInput when there is nothing to read.
+  """
+  files, others, seen = [], collections.Counter(), set()
+  for number, pattern in enumerate(patterns):
+    before = len(files)
+    for path in sorted(_matches(pattern)):
+      if path in seen:
+        continue
+      seen.add(path)
+      kind = kind_of(path)
+      if kind is None or (kind != 'text' and os.path.isdir(pattern)):
+        others[Path(path).suffix or 'no ending'] += 1
+        continue
+      facts = os.stat(path)
+      files.append(File(len(files), path, kind, number, facts.st_size, f'{facts.st_size} {facts.st_mtime_ns}'))
+    if len(files) == before:
+      raise BadInput(
+        f'--input={pattern}: no file to read{_why(others)}; known are .txt, .md, source files, and by a glob, as in '
+        "'folder/**/*.jsonl', .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+      )
+  return files, dict(sorted(others.items()))
+
+
+def _why(others: collections.Counter) -> str:
+  return f' ({sum(others.values())} with other endings: {", ".join(sorted(others)[:5])})' if others else ''
+
+
+def _matches(pattern: str) -> Iterator[str]:
+  if os.path.isdir(pattern):
+    for folder, folders, names in os.walk(pattern):
+      folders[:] = sorted(name for name in folders if not name.startswith('.') and name != '__pycache__')
+      yield from (os.path.join(folder, name) for name in names if not name.startswith('.'))
+  else:
+    yield from (path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def kind_of(path: str) -> str | None:
+  """How a file is read, by the longest ending that is known."""
+  name = os.path.basename(path).lower()
+  endings = [name[i:] for i, letter in enumerate(name) if letter == '.']
+  return next((KINDS[ending] for ending in endings if ending in KINDS), None)
+
+
+def units(files: list[File]) -> list[list[Part]]:
+  """Parts in order, grouped so that units have about one size; a part that cannot be divided may be larger."""
+  total = sum(file.num_bytes for file in files)
+  limit = min(max(total // _UNITS, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES)
+  out, size = [[]], 0
+  for part in (part for file in files for part in _parts(file, limit)):
+    if out[-1] and size + part.num_bytes > limit:
+      out.append([])
+      size = 0
+    out[-1].append(part)
+    size += part.num_bytes
+  return out
+
+
+def _parts(file: File, limit: int) -> Iterator[Part]:
+  if file.kind == 'lines':
+    for start in range(0, max(file.num_bytes, 1), limit):
+      stop = min(start + limit, file.num_bytes)
+      yield Part(file, start, stop, stop - start)
+  elif file.kind == 'table':
+    sizes = _row_groups(file)
+    for i, size in enumerate(sizes):
+      yield Part(file, i, i + 1, size)
+  else:
+    yield Part(file, 0, 1, file.num_bytes)
+
+
+def _row_groups(file: File) -> list[int]:
+  """Bytes of each row group of a parquet file."""
+  parquet = optional.load('pyarrow.parquet', 'data', file.path)
+  import pyarrow
+
+  try:
+    with parquet.ParquetFile(file.path) as table:
+      return [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
+  except (OSError, pyarrow.ArrowException) as error:
+    raise BadInput(f'{file.path}: not a whole parquet file ({error}); replace or remove it') from error

@@ -1,0 +1,266 @@
+"""A preparation from its inputs to the manifest: units, then shards, each in parallel; a killed one goes on."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from latent_loop import textfile, tokenizer
+from latent_loop.errors import BadInput
+from latent_loop.interrupt import StopRequest
+from latent_loop.prepare import filters, inputs, merge, units
+from latent_loop.shards import manifest
+from latent_loop.shards.records import RECORD_TOKENS, settled, token_dtype
+
+WORK = 'unfinished'  # a folder in the output, gone at the end
+SHARD_BYTES = 64 * 2**20  # of input for each shard
+_MAX_SHARDS = 4096
+_SAY_SECS, _LOOK_SECS = 5.0, 0.2
+_ENDINGS_SAID = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to prepare. processes: how many work at once; 1 = this one alone."""
+
+  patterns: list[str]
+  tokenizer: str
+  output: Path
+  text_key: str
+  invalid_utf8: str
+  validation_fraction: float
+  limits: filters.Limits
+  processes: int
+
+
+class Stopped(Exception):
+  """A signal came; what is done is kept."""
+
+
+def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
+  """Prepares `request.output`, or finds it prepared and whole. Raises BadInput, and Stopped after a signal.
+
+  Processes may be killed at any moment: the same request, made again, keeps what was done and ends in the same files.
+  """
+  files, others = inputs.find(request.patterns)
+  code = tokenizer.load(request.tokenizer)
+  settings = units.Settings(request.tokenizer, code.fingerprint, request.text_key, request.invalid_utf8, request.limits)
+  todo = [units.Unit(tuple(parts), settings) for parts in inputs.units(files)]
+  key = hashlib.sha256(' '.join([f'{request.validation_fraction}', *(u.key for u in todo)]).encode()).hexdigest()
+  if (request.output / manifest.NAME).exists():
+    return _finished(request.output, key)
+  with _folder_in_words(request.output), _own(request.output) as work, StopRequest() as stop:
+    crew = _Crew(request.processes, stop, say)
+    marks = crew.do(units.do, [(unit, work) for unit in todo], [unit.num_bytes for unit in todo], 'tokenizing')
+    parts = _ranges(request, todo, marks, token_dtype(code.vocab_size))
+    merged = crew.do(merge.do, [(part, work, request.output) for part in parts], [1] * len(parts), 'writing shards')
+    report = _Report(request, files, others, marks, merged)
+    _finish(request, code, key, report, merged)
+    shutil.rmtree(work)
+  return manifest.read(request.output)
+
+
+def _finished(output: Path, key: str) -> manifest.Manifest:
+  """A folder that has its manifest is not touched again, but for what a kill in the last moment left."""
+  found = manifest.read(output)
+  if found.key != key:
+    raise BadInput(
+      f'--output={output} holds data prepared from other inputs or settings; give another folder, or remove it'
+    )
+  faults = manifest.damaged(output, found)
+  if faults:
+    raise BadInput(
+      f'{"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}; restore from a copy, or remove {output} and start again'
+    )
+  shutil.rmtree(output / WORK, ignore_errors=True)
+  return found
+
+
+@contextlib.contextmanager
+def _folder_in_words(output: Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise BadInput(
+      f'--output={output} cannot be written: {error}; what is done is kept: make room or repair the disk, then start '
+      'the same command again'
+    ) from error
+
+
+@contextlib.contextmanager
+def _own(output: Path) -> Iterator[Path]:
+  """The work folder, locked for as long as this process lives."""
+  work = output / WORK
+  if output.is_dir() and not work.is_dir() and any(output.iterdir()):
+    raise BadInput(f'--output={output} is not empty and no preparation was begun there; give another folder')
+  work.mkdir(parents=True, exist_ok=True)
+  with (work / 'lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BadInput(f'--output={output}: another process prepares this folder; wait for it, or end it') from error
+    for left in [*work.glob(f'*{textfile.TEMPORARY}'), *output.glob(f'*{textfile.TEMPORARY}')]:
+      left.unlink()  # of a killed process; it may be what fills the disk
+    yield work
+
+
+def _ranges(request: Request, todo: list[units.Unit], marks: list[dict], dtype) -> list[merge.Range]:
+  segments = tuple(segment for mark in marks for segment in mark['segments'])
+  if not segments:
+    counts = collections.Counter()
+    for mark in marks:
+      for numbers in mark['files'].values():
+        counts.update(numbers)
+    raise BadInput(f'--input: no document was kept; {_reasons(counts) or "the files are empty"}')
+  count = min(-(-sum(unit.num_bytes for unit in todo) // SHARD_BYTES), _MAX_SHARDS)
+  return [merge.Range(i, count, segments, dtype.str, request.validation_fraction) for i in range(count)]
+
+
+class _Crew:
+  """Does tasks, in processes of their own, and tells how far it is."""
+
+  def __init__(self, processes: int, stop: StopRequest, say: Callable[[str], None]):
+    self._processes, self._stop, self._say = processes, stop, say
+
+  def do(self, function: Callable, tasks: list[tuple], sizes: list[int], title: str) -> list:
+    """function(*task) of every task, in order. Raises what the first failing one raises, and Stopped."""
+    began = said = time.monotonic()
+    results, total = {}, sum(sizes)
+    for i, result in self._results(function, tasks):
+      if i is not None:
+        results[i] = result
+      if self._stop.requested():
+        raise Stopped(f'stopped while {title}: {len(results)} of {len(tasks)} parts are')
+      now, done = time.monotonic(), sum(sizes[i] for i in results)
+      if now - said >= _SAY_SECS:
+        said, secs = now, now - began
+        left = f', {int(secs * (total - done) / done)} s left' if done else ''
+        self._say(f'{title}: {len(results)} of {len(tasks)} parts, {done / max(total, 1):.0%}, {secs:.0f} s{left}')
+    return [results[i] for i in range(len(tasks))]
+
+  def _results(self, function: Callable, tasks: list[tuple]) -> Iterable[tuple[int | None, object]]:
+    """(which task, its result) as they come, and (None, None) now and then."""
+    if self._processes == 1:
+      yield from ((i, function(*task)) for i, task in enumerate(tasks))
+      return
+    # Not forked: the parent may have threads. Workers leave when the parent is gone, however it went.
+    context = multiprocessing.get_context('spawn')
+    with concurrent.futures.ProcessPoolExecutor(self._processes, context, _start_worker) as pool:
+      try:
+        waiting = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
+        while waiting:
+          done, _ = concurrent.futures.wait(waiting, _LOOK_SECS, concurrent.futures.FIRST_COMPLETED)
+          yield None, None
+          yield from ((waiting.pop(future), future.result()) for future in done)
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise BadInput(
+          'a worker process was killed, perhaps for its memory; what is done is kept: start the same command again, '
+          'with fewer --processes if it happens again'
+        ) from error
+      finally:
+        for process in multiprocessing.active_children():
+          process.kill()  # after the last result they are idle; after a failure nobody waits for them
+
+
+def _start_worker() -> None:
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)  # the parent decides
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class _Report:
+  """What was read, kept and dropped: one line for each file, a summary for each --input."""
+
+  def __init__(self, request: Request, files: list[inputs.File], others: dict, marks: list[dict], merged: list[dict]):
+    counts = collections.defaultdict(collections.Counter)
+    for mark in marks:
+      for number, numbers in mark['files'].items():
+        counts[int(number)].update(numbers)
+    for mark in merged:
+      for number, (count, num_bytes) in mark['duplicates'].items():
+        counts[int(number)].update({'dropped: duplicate': count, 'kept bytes': -num_bytes})
+    self.lines = [{'path': file.path, 'bytes': file.num_bytes, **counts[file.number]} for file in files]
+    self.sources = []
+    for number, pattern in enumerate(request.patterns):
+      mine = [file for file in files if file.input == number]
+      total = collections.Counter()
+      for file in mine:
+        total.update(counts[file.number])
+      self.sources.append({
+        'input': pattern, 'files': len(mine), 'bytes': sum(file.num_bytes for file in mine),
+        **{name: total[name] for name in sorted({'documents', 'kept bytes', *total})},
+      })  # fmt: skip
+    self.others = others
+
+
+def _reasons(counts: dict[str, int]) -> str:
+  prefix = 'dropped: '
+  return ', '.join(f'{n} {name.removeprefix(prefix)}' for name, n in sorted(counts.items()) if name.startswith(prefix))
+
+
+def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Report, merged: list[dict]) -> None:
+  output, others = request.output, []
+  textfile.write(output / manifest.FILES, ''.join(json.dumps(line) + '\n' for line in report.lines))
+  others.append(manifest.FILES)
+  if request.tokenizer != 'bytes':
+    with settled(output / manifest.TOKENIZER) as temporary:
+      shutil.copyfile(request.tokenizer, temporary)  # byte by byte: its checksum is its name
+    others.append(manifest.TOKENIZER)
+  shards = []
+  for mark in merged:
+    for shard in mark['shards']:
+      facts = {ending: mark['checksums'][shard['name'] + ending] for ending in merge.ENDINGS}
+      shards.append({**shard, 'files': facts})
+  manifest.write(output, {
+    'key': key,
+    'tokenizer': code.fingerprint,
+    'vocab_size': code.vocab_size,
+    'shards': sorted(shards, key=lambda shard: shard['name']),
+    'other_files': {name: manifest.facts(output / name) for name in others},
+    'about': {
+      'sources': report.sources,
+      'files left out, by ending': report.others,
+      'settings': {'text_key': request.text_key, 'invalid_utf8': request.invalid_utf8,
+                   'validation_fraction': request.validation_fraction, **dataclasses.asdict(request.limits)},
+      'record_tokens': RECORD_TOKENS,
+      'versions': {name: importlib.metadata.version(name) for name in ('array_record', 'numpy', *_OPTIONAL)
+                   if importlib.util.find_spec(name)},
+    },
+  })  # fmt: skip
+
+
+_OPTIONAL = ('tokenizers', 'pyarrow')
+
+
+def summary(found: manifest.Manifest) -> list[str]:
+  """A prepared folder in a few lines."""
+  lines = []
+  for source in found.about['sources']:
+    dropped = _reasons(source) or 'none'
+    size = f'{source["files"]:,} files, {source["bytes"] / 1e6:,.1f} MB, {source["kept bytes"] / 1e6:,.1f} MB kept'
+    lines.append(f'{source["input"]}: {size}, {source["documents"]:,} documents; dropped: {dropped}')
+  others = found.about['files left out, by ending']
+  if others:
+    most = sorted(others, key=others.get, reverse=True)[:_ENDINGS_SAID]
+    lines.append(
+      f'files left out by their ending: {", ".join(f"{others[e]} {e}" for e in most)} (all: {manifest.NAME})'
+    )
+  for split in manifest.SPLITS:
+    shards = found.of(split)
+    documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
+    lines.append(f'{split}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards')
+  return lines

@@ -1,0 +1,114 @@
+"""The two files of a shard, written whole or not at all, and read at random; what is damaged is named."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from latent_loop import textfile
+from latent_loop.errors import BadInput
+
+RECORD_TOKENS = 2048
+# Rows of an index, uint64 [ROWS, documents]: the end of a document in the shard's tokens, its digest, its file (a line
+# of files.jsonl, from 0), and its place in that file (the byte of a line, the row of a table, or 0).
+END, HIGH, LOW, FILE, PLACE = range(5)
+ROWS = 5
+
+_NO_THREADS = 'readahead_buffer_size:0,max_parallelism:0'  # random access: what is read ahead is thrown away
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+
+def write_tokens(path: Path, tokens: Iterable[np.ndarray]) -> int:
+  """Writes the pieces of `tokens` as one shard and returns the number of records; the same tokens, the same bytes."""
+  count = 0
+  with settled(path) as temporary:
+    writer = ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')
+    try:
+      for record in _records(tokens):
+        writer.write(record)
+        count += 1
+      writer.close()
+    except RuntimeError as error:  # a full disk and the like, in its words
+      raise OSError(f'{path}: {error}') from error
+  return count
+
+
+def write_index(path: Path, index: np.ndarray) -> None:
+  with settled(path) as temporary, temporary.open('wb') as file:
+    np.save(file, index)
+
+
+@contextlib.contextmanager
+def settled(path: Path) -> Iterator[Path]:
+  """A file to write that becomes `path` at the end, or is gone.
+
+  It is on the disk before it has its name: a mark that says it is whole may outlive a power failure.
+  """
+  temporary = path.with_name(f'{path.name}.{os.getpid()}{textfile.TEMPORARY}')
+  try:
+    yield temporary
+    with temporary.open('rb') as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _records(tokens: Iterable[np.ndarray]) -> Iterator[bytes]:
+  held, size = [], 0
+  for piece in tokens:
+    held.append(piece)
+    size += len(piece)
+    if size >= RECORD_TOKENS:
+      whole = np.concatenate(held)
+      full = size // RECORD_TOKENS * RECORD_TOKENS
+      for start in range(0, full, RECORD_TOKENS):
+        yield whole[start : start + RECORD_TOKENS].tobytes()
+      held, size = [whole[full:]], size - full
+  if size:
+    yield np.concatenate(held).tobytes()
+
+
+class Reader:
+  """Random access to the tokens of one shard. Raises BadInput, with file and record, for what cannot be read."""
+
+  def __init__(self, path: Path, dtype: np.dtype, tokens: int, vocab_size: int):
+    self._path, self._dtype, self._tokens, self._vocab_size = path, dtype, tokens, vocab_size
+    try:
+      self._reader = ArrayRecordReader(str(path), options=_NO_THREADS)
+    except RuntimeError as error:
+      raise BadInput(_fault(path, None, error)) from error
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) of the shard."""
+    first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
+    pieces = [self._record(i) for i in range(first, last + 1)]
+    skip = first * RECORD_TOKENS
+    return np.concatenate(pieces)[start - skip : stop - skip]
+
+  def _record(self, i: int) -> np.ndarray:
+    try:
+      (raw,) = self._reader.read([i])
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise BadInput(_fault(self._path, i, error)) from error
+    expected = min(RECORD_TOKENS, self._tokens - i * RECORD_TOKENS) * self._dtype.itemsize
+    if len(raw) != expected:
+      raise BadInput(_fault(self._path, i, f'it has {len(raw)} bytes where the manifest wants {expected}'))
+    tokens = np.frombuffer(raw, self._dtype)
+    if tokens.max() >= self._vocab_size:
+      where = i * RECORD_TOKENS + int(tokens.argmax())
+      raise BadInput(
+        _fault(self._path, i, f'token {where} is {tokens.max()}, and the vocabulary ends at {self._vocab_size - 1}')
+      )
+    return tokens
+
+
+def _fault(path: Path, record: int | None, reason: object) -> str:
+  what = f'{path}' if record is None else f'{path}, record {record}'
+  return f'{what}: cannot be read ({reason}); restore the file from a copy, or prepare the folder anew'

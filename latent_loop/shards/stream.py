@@ -1,0 +1,85 @@
+"""One split of a prepared folder as one long stream of tokens, of which any part can be read."""
+
+import bisect
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from latent_loop.errors import BadInput
+from latent_loop.shards import manifest
+from latent_loop.shards.manifest import Manifest, Shard
+from latent_loop.shards.records import END, ROWS, Reader, token_dtype
+
+TOKENS_ENDING, INDEX_ENDING = '.arrayrecord', '.index.npy'
+
+
+class Stream:
+  """Opens a shard when it is first needed. Raises BadInput, naming the file, for what is not as it was written."""
+
+  def __init__(self, folder: Path, of: Manifest, split: str):
+    self._folder, self._shards, self._vocab_size = folder, of.of(split), of.vocab_size
+    self._begins = [0, *itertools.accumulate(shard.tokens for shard in self._shards)]
+    self._readers: dict[int, Reader] = {}
+    self._indexes: dict[int, np.ndarray] = {}
+    self.num_documents = sum(shard.documents for shard in self._shards)
+
+  def __len__(self) -> int:
+    """Tokens."""
+    return self._begins[-1]
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) of the stream."""
+    return np.concatenate([self._reader(k).read(a, b) for k, a, b in self._where(start, stop)])
+
+  def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+    """[start, stop) cut where documents begin."""
+    cuts = [start]
+    for k, a, b in self._where(start, stop):
+      ends = self._index(k)[END]
+      first = int(np.searchsorted(ends, np.uint64(a), side='right'))
+      while ends[first] < b:
+        cuts.append(self._begins[k] + int(ends[first]))
+        first += 1
+      cuts.append(self._begins[k] + b)
+    return list(itertools.pairwise(cuts))
+
+  def document_ends(self) -> Iterator[np.ndarray]:
+    """Where documents end in the stream, int64, shard after shard."""
+    for k in range(len(self._shards)):
+      yield self._begins[k] + self._index(k)[END].astype(np.int64)
+
+  def _where(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, start, stop) for the parts of [start, stop) in each shard."""
+    k = bisect.bisect_right(self._begins, start) - 1
+    while start < stop:
+      end = min(stop, self._begins[k + 1])
+      yield k, start - self._begins[k], end - self._begins[k]
+      start, k = end, k + 1
+
+  def _reader(self, k: int) -> Reader:
+    if k not in self._readers:
+      shard, dtype = self._shards[k], token_dtype(self._vocab_size)
+      path = self._folder / (shard.name + TOKENS_ENDING)
+      self._readers[k] = Reader(path, dtype, shard.tokens, self._vocab_size)
+    return self._readers[k]
+
+  def _index(self, k: int) -> np.ndarray:
+    if k not in self._indexes:
+      self._indexes[k] = _read_index(self._folder, self._shards[k])
+    return self._indexes[k]
+
+
+def _read_index(folder: Path, shard: Shard) -> np.ndarray:
+  """The index of a shard, mapped into memory; it is small, so its checksum is compared whenever it is opened."""
+  path = folder / (shard.name + INDEX_ENDING)
+  try:
+    if manifest.facts(path) != tuple(shard.files[INDEX_ENDING]):
+      raise ValueError('its size or SHA-256 is not that of the manifest')
+    index = np.asarray(np.load(path, mmap_mode='r'))  # as a memmap, every slice would cost
+    if index.shape != (ROWS, shard.documents) or index[END, -1] != shard.tokens:
+      raise ValueError(f'it has {index.shape} numbers where the manifest wants {(ROWS, shard.documents)}')
+    return index
+  except (OSError, ValueError) as error:
+    raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error

@@ -1,0 +1,119 @@
+"""Tokenizers in a tokenizer.json of the `tokenizers` library: reading one, training one.
+
+The preset is that of arXiv 2502.05171: byte-level BPE, digits and punctuation isolated, no token above 32 bytes, 36
+special tokens at the top of the vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from latent_loop import optional, textfile
+from latent_loop.errors import BadInput
+
+BOS, EOS, PAD = '<|begin_text|>', '<|end_text|>', '<|pad|>'
+# The reference has ten operator tokens more, whose names it does not publish; their places are reserved here.
+SPECIAL_TOKENS = (
+  BOS, EOS, '<|begin_header|>', '<|end_header|>', '<|end_turn|>', PAD,
+  '<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|...|>', '<|del|>',
+  *(f'<|c_{i}|>' for i in range(10)), *(f'<|reserved_{i}|>' for i in range(10)),
+  '<|tool_out|>', '<|end_tool|>', '<|tool_in|>', '<|end_tool_in|>',
+)  # fmt: skip
+CHAT_TEMPLATE = (
+  "{{ bos_token }}{% for message in messages %}"
+  "{% set role = 'Huginn' if message['role'] == 'assistant' else message['role'] %}"
+  "{{ '<|begin_header|>' + role + '<|end_header|>\\n\\n' }}"
+  "{% if message['role'] == 'assistant' %}"
+  "{% generation %}{{ message['content'] | trim }}<|end_turn|>{% endgeneration %}"
+  "{% else %}{{ message['content'] | trim }}<|end_turn|>{% endif %}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|begin_header|>Huginn<|end_header|>\\n\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)  # fmt: skip
+_MAX_TOKEN_BYTES = 32
+# What others call the same, in the order of preference. A tokenizer without a begin uses its end, as GPT-2 does.
+_NAMES = {
+  'bos': (BOS, '<|begin_of_text|>', '<s>', '<bos>', '[CLS]', '<|endoftext|>'),
+  'eos': (EOS, '<|end_of_text|>', '</s>', '<eos>', '[SEP]', '<|endoftext|>'),
+  'pad': (PAD, '<pad>', '<|padding|>', '[PAD]'),
+}
+
+
+class FromFile:
+  """A tokenizer.json as a Tokenizer; special tokens written out in a text are ordinary text to it."""
+
+  def __init__(self, path: Path):
+    tokenizers = optional.load('tokenizers', 'data', f'tokenizer {path}')
+    content = _read(path)
+    self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.fingerprint = hashlib.sha256(content).hexdigest()
+    self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    self.eos = self._special('eos', path)
+    self.bos = self._special('bos', path, self.eos)
+    self.pad = self._special('pad', path, self.eos)
+    self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+  def _special(self, role: str, path: Path, default: int | None = None) -> int:
+    found = [i for i in map(self._tokenizer.token_to_id, _NAMES[role]) if i is not None]
+    if not found and default is None:
+      raise BadInput(f'--tokenizer={path}: none of its tokens ends a text; it needs one of {", ".join(_NAMES[role])}')
+    return found[0] if found else default
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(one.ids, self._dtype) for one in encoded]
+
+  def decode(self, tokens) -> str:
+    return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+
+def _read(path: Path) -> bytes:
+  try:
+    content = path.read_bytes()
+    if not {'model', 'added_tokens', 'pre_tokenizer'} <= json.loads(content).keys():
+      raise ValueError('it lacks model, added_tokens or pre_tokenizer')
+    return content
+  except OSError as error:
+    raise BadInput(f'--tokenizer={path}: cannot be read ({error.strerror}); give bytes or a tokenizer.json') from error
+  except (ValueError, AttributeError) as error:
+    raise BadInput(f'--tokenizer={path}: not a tokenizer.json of the tokenizers library ({error})') from error
+
+
+def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
+  """Trains the preset on `texts` and writes `path`, and tokenizer_config.json beside it (roles, chat template).
+
+  vocab_size counts the 256 bytes and the special tokens. Raises BadInput when the text does not fill it.
+  """
+  optional.load('tokenizers', 'data', 'training a tokenizer')
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  least = 256 + len(SPECIAL_TOKENS)
+  if vocab_size <= least:
+    raise BadInput(f'--vocab_size={vocab_size}: bytes and special tokens alone take {least}; give more')
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.Punctuation('isolated'),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+  ])  # fmt: skip
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - len(SPECIAL_TOKENS),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    max_token_length=_MAX_TOKEN_BYTES,
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+  size = tokenizer.get_vocab_size()
+  if size != vocab_size:
+    raise BadInput(f'--vocab_size={vocab_size}: the text has pairs for {size} only; ask for {size}, or give more text')
+  textfile.write(path, tokenizer.to_str(pretty=True))
+  about = {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD, 'chat_template': CHAT_TEMPLATE,
+           'tokenizer_class': 'PreTrainedTokenizerFast'}  # fmt: skip
+  textfile.write(path.with_name('tokenizer_config.json'), json.dumps(about, indent=2) + '\n')

@@ -1,0 +1,359 @@
+"""Preparation: documents once or counted as dropped; the same bytes whatever happened; faults by file and record."""
+
+import gzip
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from latent_loop import tokenizer
+from latent_loop.errors import BadInput
+from latent_loop.prepare import filters, inputs, merge, reading, run, units, vocabulary
+from latent_loop.shards import manifest, records
+from latent_loop.shards.stream import Stream
+
+WORDS = 'the loop runs again until its state no longer moves and then reads out an answer naïvely'.split()
+
+
+def text_of(rng: random.Random) -> str:
+  return ' '.join(rng.choice(WORDS) + str(rng.randrange(100)) for _ in range(rng.randrange(8, 400)))
+
+
+def write_corpus(folder: Path, scale: int = 1) -> set[str]:
+  """Files of every kind under `folder`, some documents twice; returns the texts."""
+  rng, texts = random.Random(0), set()
+
+  def some(count: int) -> list[str]:
+    new = [text_of(rng) for _ in range(count * scale)]
+    texts.update(new)
+    return new
+
+  (folder / 'deep' / 'er').mkdir(parents=True)
+  for number, text in enumerate(some(7)):
+    (folder / 'deep' / 'er' / f'{number}{(".txt", ".md", ".py")[number % 3]}').write_text(text, encoding='utf-8')
+  lines = [json.dumps({'id': 3, 'text': text}) + '\n' for text in some(41)]
+  (folder / 'a.jsonl').write_text(''.join(lines[:5] + ['\n'] + lines), encoding='utf-8')
+  with gzip.open(folder / 'b.jsonl.gz', 'wt', encoding='utf-8') as file:
+    file.writelines(json.dumps({'text': text}) + '\n' for text in [*some(9), *sorted(texts)[:3]])
+  with pyarrow.output_stream(folder / 'c.jsonl.zst', compression='zstd') as stream:
+    stream.write(''.join(json.dumps({'text': text}) + '\n' for text in some(13)).encode())
+  table = pyarrow.table({'n': range(23 * scale), 'text': some(23)})
+  pyarrow.parquet.write_table(table, folder / 'd.parquet', row_group_size=6)
+  (folder / 'short.txt').write_text('few')
+  (folder / 'image.png').write_bytes(b'\x89PNG')
+  return texts
+
+
+def request_of(corpus: Path, output: Path, **values) -> run.Request:
+  patterns = [f'{corpus}/**/*.{ending}' for ending in ('txt', 'md', 'py', 'jsonl*', 'parquet', 'png')][:5]
+  values = {'patterns': patterns, 'tokenizer': 'bytes', 'text_key': 'text', 'invalid_utf8': 'error',
+            'validation_fraction': 0.2, 'limits': filters.Limits(), 'processes': 1, **values}  # fmt: skip
+  return run.Request(output=output, **values)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small_pieces():
+  """Units, records and shards so small that a little text makes many."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(inputs, '_LEAST_UNIT_BYTES', 6_000)
+    patch.setattr(run, 'SHARD_BYTES', 30_000)
+    yield
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp('corpus')
+  write_corpus(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def prepared(corpus, tmp_path_factory) -> Path:
+  output = tmp_path_factory.mktemp('prepared') / 'out'
+  run.prepare(request_of(corpus, output), lambda line: None)
+  return output
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+  of = manifest.read(folder)
+  stream = Stream(folder, of, split)
+  ends = np.concatenate(list(stream.document_ends()))
+  tokens = [stream.read(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+  assert all(one[0] == tokenizer.Bytes.bos and one[-1] == tokenizer.Bytes.eos for one in tokens)
+  return [tokenizer.Bytes().decode(one) for one in tokens]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_text_of_every_format_is_kept_once(corpus, prepared, tmp_path):
+  texts = write_corpus(tmp_path / 'again')
+  train, validation = documents_of(prepared, 'train'), documents_of(prepared, 'validation')
+  assert sorted(train + validation) == sorted(texts)
+  assert 0 < len(validation) < len(train)
+  assert len(manifest.read(prepared).of('train')) > 1, 'the corpus is too small to make several shards'
+
+
+def test_documents_are_in_the_order_of_their_digests(prepared):
+  for split in manifest.SPLITS:
+    digests = [filters.digest(text.encode()) for text in documents_of(prepared, split)]
+    assert digests == sorted(digests) and len(set(digests)) == len(digests)
+
+
+def test_what_is_read_is_kept_or_counted_as_dropped(corpus, prepared):
+  of = manifest.read(prepared)
+  sources = of.about['sources']
+  dropped = sum(n for source in sources for name, n in source.items() if name.startswith('dropped'))
+  assert sum(source['documents'] for source in sources) == dropped + sum(shard.documents for shard in of.shards)
+  assert [source['dropped: too short'] for source in sources if 'dropped: too short' in source] == [1]
+  assert sum(source.get('dropped: duplicate', 0) for source in sources) == 8
+  assert any('8 duplicate' in line or '5 duplicate' in line for line in run.summary(of))
+
+
+def test_an_index_says_where_a_document_came_from(prepared):
+  of, folder = manifest.read(prepared), prepared
+  files = [json.loads(line) for line in (folder / manifest.FILES).read_text().splitlines()]
+  shard = of.of('train')[0]
+  index = np.load(folder / f'{shard.name}.index.npy')
+  text = documents_of(folder, 'train')[0]
+  file, place = files[int(index[records.FILE, 0])]['path'], int(index[records.PLACE, 0])
+  if file.endswith('.jsonl'):
+    found = json.loads(Path(file).read_bytes()[place:].split(b'\n')[0])['text']
+  elif file.endswith('.parquet'):
+    found = pyarrow.parquet.read_table(file)['text'][place].as_py()
+  else:
+    found = text  # packed or whole files have no place to look at
+  assert found == text
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_lines_cut_anywhere_are_read_once(corpus, seed):
+  path = corpus / 'a.jsonl'
+  size = path.stat().st_size
+  file = inputs.File(0, str(path), 'lines', 0, size, '')
+  cuts = sorted(random.Random(seed).sample(range(1, size), 60))
+  parts = [inputs.Part(file, a, b, b - a) for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
+  whole = list(reading.documents(inputs.Part(file, 0, size, size), 'text', 2**20))
+  assert [d for part in parts for d in reading.documents(part, 'text', 2**20)] == whole and len(whole) == 46
+
+
+def test_a_line_too_long_is_passed_over_and_counted(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text(json.dumps({'text': 'a' * 9000}) + '\n' + json.dumps({'text': 'b c'}) + '\n')
+  file = inputs.File(0, str(path), 'lines', 0, path.stat().st_size, '')
+  found = list(reading.documents(inputs.Part(file, 0, file.num_bytes, file.num_bytes), 'text', 1000))
+  assert [(d.text, d.place) for d in found] == [(None, 0), (b'b c', 9013)]
+
+
+@pytest.mark.parametrize(
+  'text,reason',
+  [('word ' * 3, 'too short'), ('word ' * 900, 'too long'), ('0123 456 ' * 30, 'few letters'),
+   ('word \0 \1' * 30, 'control characters'), ('ein Wort, naïve 词 ' * 9, None)],
+)  # fmt: skip
+def test_the_reason_to_drop(text, reason):
+  assert filters.reason_to_drop(text.encode(), filters.Limits(32, 4000)) == reason
+
+
+def test_documents_that_differ_in_white_space_are_one():
+  assert filters.digest(b'a b\n c') == filters.digest(b' a  b c\r\n') != filters.digest(b'ab c')
+
+
+class Killed(BaseException):
+  """As a SIGKILL: nothing of the preparation handles it."""
+
+
+def test_killed_at_any_point_it_ends_in_the_same_bytes(corpus, prepared, tmp_path, monkeypatch):
+  """The n-th start dies when it gives its n-th file a name, until one ends before it comes to that."""
+  calls, kills, rename = [], 0, records.os.replace
+
+  def replace(source, target):
+    calls.append(target)
+    if len(calls) > kills:
+      raise Killed
+    rename(source, target)
+
+  monkeypatch.setattr(records.os, 'replace', replace)
+  monkeypatch.setattr(Path, 'unlink', lambda self, missing_ok=False: None)  # a killed process does not clean up
+  while kills < 100:
+    calls.clear()
+    try:
+      run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+      break
+    except Killed:
+      kills += 1
+  monkeypatch.undo()
+  assert 8 < kills < 100 and bytes_of(tmp_path / 'out') == bytes_of(prepared)
+
+
+def test_a_unit_that_is_done_is_not_done_again_unless_it_is_damaged(corpus, tmp_path, monkeypatch):
+  done = []
+  write = units._write_segment
+  monkeypatch.setattr(units, '_write_segment', lambda *args: done.append(1) or write(*args))
+  monkeypatch.setattr(run, '_finish', lambda *args: (_ for _ in ()).throw(Killed))
+  request = request_of(corpus, tmp_path / 'out')
+  counts = []
+  for damage in (False, False, True):
+    if damage:
+      path = next((tmp_path / 'out' / run.WORK).glob('*.tokens'))
+      path.write_bytes(path.read_bytes()[:-1])
+    done.clear()
+    with pytest.raises(Killed):
+      run.prepare(request, lambda line: None)
+    counts.append(len(done))
+  assert counts[0] > 10 and counts[1] == 0 and counts[2] == 2  # one segment, and the look for a next one
+
+
+def test_a_full_disk_is_a_sentence_and_what_is_done_is_kept(corpus, prepared, tmp_path):
+  output, limits = tmp_path / 'out', resource.getrlimit(resource.RLIMIT_FSIZE)
+  for num_bytes in (9_000, 30_000):  # too little for a unit; enough for units, too little for a shard
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+      with pytest.raises(BadInput, match='cannot be written.*File too large.*what is done is kept'):
+        run.prepare(request_of(corpus, output), lambda line: None)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert list((output / run.WORK).glob('*.json'))
+  run.prepare(request_of(corpus, output), lambda line: None)
+  assert bytes_of(output) == bytes_of(prepared)
+
+
+def test_several_processes_write_the_same_bytes(corpus, prepared, tmp_path):
+  run.prepare(request_of(corpus, tmp_path / 'out', processes=2), lambda line: None)
+  assert bytes_of(tmp_path / 'out') == bytes_of(prepared)
+
+
+def test_a_finished_folder_is_verified_and_left_alone(corpus, prepared):
+  before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+  (prepared / run.WORK).mkdir()  # as a kill between the manifest and the end leaves it
+  run.prepare(request_of(corpus, prepared), lambda line: None)
+  assert before == {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+  with pytest.raises(BadInput, match='other inputs or settings'):
+    run.prepare(request_of(corpus, prepared, validation_fraction=0.3), lambda line: None)
+
+
+def test_two_preparations_of_one_folder_do_not_mix(corpus, tmp_path):
+  with run._own(tmp_path / 'out'), pytest.raises(BadInput, match='another process prepares'):
+    run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+
+
+BAD = {
+  'not UTF-8': ('x.txt', b'caf\xe9 ' * 20, r'x.txt, the whole file: not UTF-8 text \(byte 3'),
+  'a line not UTF-8': ('x.jsonl', b'{"text": "a"}\n{"text": "' + b'\xe9a ' * 20 + b'"}\n', 'at byte 14: not UTF-8'),
+  'half a surrogate pair': ('x.jsonl', rb'{"text": "\ud800 and more words to read, and more"}', 'byte 0: not UTF-8'),
+  'not JSON': ('x.jsonl', b'{"text": "a"}\n{"text": \n', 'x.jsonl, the line at byte 14: not JSON'),
+  'another key': ('x.jsonl', b'{"body": "a"}\n', r"no key 'text' \(it has: body\)"),
+  'not text': ('x.jsonl', b'{"text": 5}\n', "'text' is int, not text"),
+  'cut .gz': ('x.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 50)[:-9], 'x.jsonl.gz: cannot be read to its end'),
+  'cut .zst': ('x.jsonl.zst', None, 'x.jsonl.zst: cannot be read to its end'),
+  'no parquet': ('x.parquet', b'PAR1 and so on', 'x.parquet: not a whole parquet file'),
+  'wrong column': ('x.parquet', {'body': ['a']}, r"x.parquet: no column 'text' \(it has: body\)"),
+  'column not text': ('x.parquet', {'text': [[1, 2]]}, "column 'text' is list"),
+  'row not UTF-8': ('x.parquet', {'text': [b'a' * 40, b'\xff' * 40]}, 'x.parquet, row 1: not UTF-8'),
+  'empty': ('x.txt', b'', 'no document was kept; 1 too short'),
+  'no file': ('x.png', b'', r'no file to read \(1 with other endings: .png\)'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_named_by_file_and_record(name, tmp_path):
+  file, content, sentence = BAD[name]
+  path = tmp_path / 'in' / file
+  path.parent.mkdir()
+  if isinstance(content, dict):
+    pyarrow.parquet.write_table(pyarrow.table(content), path)
+  elif content is None:
+    path.write_bytes(pyarrow.compress(b'{"text": "a"}\n' * 500, 'zstd', asbytes=True)[:-4])
+  else:
+    path.write_bytes(content)
+  with pytest.raises(BadInput, match=sentence):
+    run.prepare(request_of(path, tmp_path / 'out', patterns=[str(path)]), lambda line: None)
+
+
+def test_documents_that_are_not_utf8_are_dropped_and_counted_when_asked(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'caf\xe9 ' * 20)
+  (tmp_path / 'b.txt').write_bytes(b'coffee ' * 20)
+  found = run.prepare(request_of(tmp_path, tmp_path / 'out', patterns=[str(tmp_path)], invalid_utf8='drop'), print)
+  assert found.about['sources'][0]['dropped: not UTF-8'] == 1
+  assert (
+    (tmp_path / 'out' / manifest.FILES)
+    .read_text()
+    .splitlines()[0]
+    .endswith('"dropped: not UTF-8": 1, "kept bytes": 0}')
+  )
+
+
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'flipped'])
+def test_a_damaged_shard_of_a_finished_folder_is_named(corpus, tmp_path, damage):
+  run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+  path = tmp_path / 'out' / 'train-00001.arrayrecord'
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 16
+  path.write_bytes(raw[:-5] if damage == 'truncated' else raw)
+  if damage == 'missing':
+    path.unlink()
+  with pytest.raises(BadInput, match='train-00001.arrayrecord: (missing|truncated or altered)'):
+    run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+
+
+def test_a_trained_tokenizer_round_trips_and_isolates_digits_and_punctuation(corpus, tmp_path):
+  path, said = tmp_path / 'tok' / 'tokenizer.json', []
+  vocabulary.train([str(corpus)], 307, path, 'text', 2**20, said.append)
+  code = tokenizer.load(str(path))
+  assert code.vocab_size == 307 and (code.bos, code.eos, code.pad) == (271, 272, 276)  # special tokens at the top
+  for text in ('naïve 😀\n\ttab', 'the loop7 12,5 <|end_text|>', ''):
+    (tokens,) = code.encode([text])
+    assert code.decode(tokens) == text and (tokens < 271).all(), 'special tokens in a text are text'
+  pieces = [code.decode([t]) for t in code.encode(['again12, again'])[0]]
+  assert {'1', '2', ','} <= set(pieces)
+  assert 'bytes per token' in said[-1]
+  template = json.loads(path.with_name('tokenizer_config.json').read_text())['chat_template']
+  assert '<|begin_header|>' in template and 'Huginn' in template
+  with pytest.raises(BadInput, match='the text has pairs for'):
+    vocabulary.train([str(corpus / 'deep' / 'er' / '0.txt')], 60_000, path, 'text', 2**20, said.append)
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+  (tmp_path / 't.json').write_text('{"model": 3}')
+  for name in ('nothing.json', 't.json'):
+    with pytest.raises(BadInput, match=name):
+      tokenizer.load(str(tmp_path / name))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_program_ends_in_the_same_bytes(tmp_path):
+  write_corpus(tmp_path / 'in', scale=50)
+
+  def start(name: str) -> subprocess.Popen:
+    flags = [f'--input={tmp_path}/in/**/*.*', f'--output={tmp_path}/{name}', '--processes=2']
+    command = [sys.executable, '-m', 'launch.prepare_data', *flags]
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  began = time.monotonic()
+  whole = start('whole')
+  assert whole.wait() == 0, whole.stdout.read()
+  secs = time.monotonic() - began
+  for kill in range(10):
+    process = start('killed')
+    time.sleep(random.Random(kill).uniform(0.2, 0.9) * secs)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  last = start('killed')
+  assert last.wait() == 0, last.stdout.read()
+  assert bytes_of(tmp_path / 'killed') == bytes_of(tmp_path / 'whole')
+
+
+def test_ranges_of_digests_cover_all_and_do_not_overlap():
+  for count in (1, 3, 7):
+    bounds = [merge.Range(i, count, (), '<u2', 0.1).bounds for i in range(count)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == 2**64 - 1
+    assert all(a[1] + 1 == b[0] for a, b in zip(bounds, bounds[1:], strict=False))

@@ -1,0 +1,284 @@
+"""Prepared data as a source: every token a target once; damage is named; the audit catches broken orders."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_loop import audit, data
+from latent_loop.config import Config, DataConfig
+from latent_loop.data import layout
+from latent_loop.data.mixture import Woven
+from latent_loop.data.packing import pieces_to_row
+from latent_loop.data.pipeline import Batches
+from latent_loop.errors import BadInput
+from latent_loop.prepare import filters, inputs, run
+from latent_loop.shards import manifest, records
+from latent_loop.shards.stream import Stream
+from tests.test_prepare import request_of, write_corpus
+
+SEQ_LEN, BATCH = 100, 16
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+  """A prepared corpus of several shards."""
+  corpus, output = tmp_path_factory.mktemp('corpus'), tmp_path_factory.mktemp('out') / 'out'
+  write_corpus(corpus)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(inputs, '_LEAST_UNIT_BYTES', 20_000)
+    patch.setattr(run, 'SHARD_BYTES', 30_000)
+    run.prepare(request_of(corpus, output), lambda line: None)
+  return output
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+  """One to damage."""
+  return Path(shutil.copytree(folder, tmp_path / 'copy'))
+
+
+def config_of(*folders: Path, **values) -> Config:
+  cfg = DataConfig(source='prepared', paths=tuple(map(str, folders)), seq_len=SEQ_LEN, **values)
+  train = dataclasses.replace(Config().train, batch_size=BATCH, loss_chunk=SEQ_LEN)
+  return dataclasses.replace(Config(), data=cfg, train=train)
+
+
+def seal_again(folder: Path, change) -> None:
+  """Writes the manifest as `change` leaves it, with a right seal."""
+  body = json.loads((folder / manifest.NAME).read_text())
+  change(body)
+  manifest.write(folder, {name: value for name, value in body.items() if name not in ('seal', 'format')})
+
+
+def whole_stream(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+  stream = Stream(folder, manifest.read(folder), 'train')
+  return stream.read(0, len(stream)), np.concatenate(list(stream.document_ends()))
+
+
+@pytest.mark.parametrize('seq_len', [7, SEQ_LEN, 5000])
+@pytest.mark.parametrize('packing', layout.LAYOUTS)
+def test_every_token_but_a_document_s_first_is_a_target_once(folder, packing, seq_len):
+  tokens, ends = whole_stream(folder)
+  stream = Stream(folder, manifest.read(folder), 'train')
+  rows = layout.LAYOUTS[packing](stream, seq_len)
+  spans = [rows.spans(i) for i in range(len(rows))]
+  assert all(sum(b - a for a, b in row) <= seq_len + 1 for row in spans)
+  flat = np.array([span for row in spans for span in row])
+  starts = np.concatenate([[0], ends[:-1]])
+  assert audit.targets(flat, starts, ends) == (0, 0)
+  assert (np.searchsorted(ends, flat[:, 0], side='right') == np.searchsorted(ends, flat[:, 1] - 1, side='right')).all()
+  # Seen to fail: a span less, and a span more.
+  assert audit.targets(flat[1:], starts, ends)[0] > 0 and audit.targets(np.r_[flat, flat[:1]], starts, ends)[1] > 0
+
+
+def test_best_fit_keeps_whole_what_fits_and_fills_rows(folder):
+  _, ends = whole_stream(folder)
+  rows = layout.BestFit(Stream(folder, manifest.read(folder), 'train'), 4000)
+  spans = {span for i in range(len(rows)) for span in rows.spans(i)}
+  short = [(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b - a <= 4001]
+  assert short and set(short) <= spans
+  assert len(rows) <= 1.2 * ends[-1] / 4001 + 1
+
+
+@pytest.mark.parametrize('packing', layout.LAYOUTS)
+def test_rows_hold_the_tokens_of_their_spans_and_keep_documents_apart(folder, packing):
+  rows = data.make_source(config_of(folder, packing=packing)).rows('train')
+  tokens, _ = whole_stream(folder)
+  for index in range(0, len(rows), 37):
+    row, at = rows[index], 0
+    for number, (a, b) in enumerate(rows.layout.spans(index)):
+      inside = slice(at, min(at + b - a, SEQ_LEN))
+      count = inside.stop - inside.start
+      assert (row['tokens_BT'][inside] == tokens[a : a + count]).all()
+      assert (row['segment_ids_BT'][inside] == number + 1).all()
+      assert (row['positions_BT'][inside] == np.arange(count)).all()
+      assert row['weights_BT'][at : at + b - a - 1].all()
+      assert at + b - a > SEQ_LEN or row['weights_BT'][at + b - a - 1] == 0
+      at += b - a
+    assert not row['weights_BT'][at:].any() and not row['segment_ids_BT'][at:].any()
+
+
+def test_pieces_of_a_row_do_not_predict_each_other():
+  row = pieces_to_row([np.array([5, 6, 7]), np.array([7, 8])], 6, pad=9)
+  assert row['tokens_BT'].tolist() == [5, 6, 7, 7, 8, 9] and row['targets_BT'].tolist() == [6, 7, 7, 8, 9, 9]
+  assert row['weights_BT'].tolist() == [1, 1, 0, 1, 0, 0]
+  assert row['segment_ids_BT'].tolist() == [1, 1, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize('weights', [(0.7, 0.3), (0.5, 0.2, 0.3), (3.0, 1.0, 0.001, 7.0)])
+def test_shares_are_exact_and_each_stream_is_read_in_its_order(weights):
+  class Numbers:
+    def __init__(self, source):
+      self.source = source
+
+    def __getitem__(self, index):
+      return self.source, index
+
+  woven = Woven([Numbers(i) for i in range(len(weights))], weights)
+  places = [woven[i] for i in range(5000)]
+  for source, weight in enumerate(weights):
+    mine = [index for s, index in places if s == source]
+    assert mine == list(range(len(mine)))
+    counts = np.cumsum([s == source for s, _ in places])
+    assert np.abs(counts - weight / sum(weights) * np.arange(1, 5001)).max() <= 2
+  assert woven[4321] == places[4321]
+
+
+def test_the_audit_passes_for_1_2_4_8_hosts_and_over_a_resume_and_reports_the_mixture(folder, copy):
+  alone, mixed = config_of(folder), config_of(folder, copy, weights=(0.75, 0.25), packing='best_fit')
+  for config in (alone, mixed):
+    config, said = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=500)), []
+    assert audit.audit(config, [1, 2, 4, 8], 2, None, said.append) == []
+    text = '\n'.join(said)
+    assert text.count('every row once in each epoch') == 5 and 'targets lost to packing 0, twice 0' in text
+  assert '0.7500 of 0.7500' in text and '2 host(s) from step' in text
+
+
+class ShuffledByRank(Batches):
+  """As two PyTorch systems did: each rank shuffles the list with a seed of its own, then takes its stride."""
+
+  def __init__(self, rows, seed, batch_size, mine, host):
+    super().__init__(rows, seed + host, batch_size, mine)
+
+
+def test_the_audit_catches_a_shuffle_per_rank_before_striding(folder):
+  rows, hosts = data.make_source(config_of(folder)).rows('train'), 8
+  num_steps = audit.steps_for(rows, BATCH, 1)
+  broken = lambda host, mine: ShuffledByRank(rows, 0, BATCH, mine, host)
+  ids, faults = audit.replay(broken, BATCH, num_steps, [audit.Start(0, hosts)])
+  (fault,) = faults + audit.check_order(rows, ids, 1)
+  missing = 1 - len(np.unique(ids[: len(rows)])) / len(rows)
+  assert abs(missing - (1 - 1 / hosts) ** hosts) < 0.06, 'what systems.md 1.8 counted'
+  assert 'never read' in fault and f'({missing:.1%})' in fault
+
+
+def test_the_audit_catches_a_resume_at_another_step_and_rows_that_nobody_feeds(folder):
+  rows = data.make_source(config_of(folder)).rows('train')
+  num_steps = audit.steps_for(rows, BATCH, 1)
+
+  class Late(Batches):
+    def row_ids(self, step):
+      return super().row_ids(step + (step >= num_steps // 2))
+
+  ids, _ = audit.replay(lambda host, mine: Late(rows, 0, BATCH, mine), BATCH, num_steps, [audit.Start(0, 2)])
+  assert f'{BATCH} (' in audit.check_order(rows, ids, 1)[0]
+  _, faults = audit.replay(lambda host, mine: Batches(rows, 0, BATCH, mine), BATCH, 3, [audit.Start(1, 1)])
+  assert faults == [f'{BATCH} places of the stream are fed by no host']
+
+
+def test_the_audit_compares_with_what_a_run_recorded(folder, tmp_path):
+  config = config_of(folder)
+  batches = Batches(data.make_source(config).rows('train'), config.seed, BATCH)
+  lines = [json.dumps({'step': step, 'batch_hash': batches.hash(step - 1)}) for step in (1, 2, 3)]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
+  assert audit.audit(config, [1], 1, tmp_path, lambda line: None) == []
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines).replace('"step": 2', '"step": 5'))
+  assert 'step 5' in audit.audit(config, [1], 1, tmp_path, lambda line: None)[0]
+
+
+def test_the_audit_refuses_what_it_cannot_replay(folder):
+  with pytest.raises(BadInput, match='only prepared data'):
+    audit.audit(Config(), [1], 1, None, print)
+  with pytest.raises(BadInput, match='--hosts=3 does not divide'):
+    audit.audit(config_of(folder), [3], 1, None, print)
+
+
+def test_a_moved_folder_keeps_its_fingerprint_and_another_content_does_not(folder, copy):
+  source = lambda *folders, **values: data.make_source(config_of(*folders, **values))
+  assert source(copy).fingerprint == source(folder).fingerprint != source(folder, packing='best_fit').fingerprint
+  seal_again(copy, lambda body: body.update(key='another'))
+  assert source(copy).fingerprint != source(folder).fingerprint
+
+
+def test_a_vocabulary_that_is_too_small_for_the_model_is_refused(folder):
+  config = config_of(folder)
+  small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=200))
+  with pytest.raises(BadInput, match='vocab_size=200 is smaller than the 264'):
+    data.make_source(small)
+
+
+def read_all(folder: Path) -> None:
+  rows = data.make_source(config_of(folder)).rows('train')
+  for i in range(len(rows)):
+    rows[i]
+
+
+@pytest.mark.parametrize('ending', ['.arrayrecord', '.index.npy'])
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'other size'])
+def test_a_shard_that_is_missing_or_cut_is_named_before_training(copy, ending, damage):
+  path = copy / f'train-00001{ending}'
+  raw = path.read_bytes()
+  path.write_bytes(raw[:-5] if damage == 'truncated' else raw + b'more')
+  if damage == 'missing':
+    path.unlink()
+  with pytest.raises(BadInput, match=f'train-00001{ending}: (missing|it has)'):
+    data.make_source(config_of(copy))
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_no_flipped_bit_of_a_shard_is_read_as_a_token(folder, copy, seed):
+  """A bit of padding may be free to flip; then all tokens are still right."""
+  rng = np.random.default_rng(seed)
+  path = copy / ('train-00000.arrayrecord' if seed % 4 else 'train-00000.index.npy')
+  raw = bytearray(path.read_bytes())
+  raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+  path.write_bytes(raw)
+  try:
+    read_all(copy)
+  except BadInput as error:
+    assert path.name in str(error) and ('record' in str(error) or 'npy' in path.name)
+  else:
+    assert (whole_stream(copy)[0] == whole_stream(folder)[0]).all()
+
+
+def test_a_token_past_the_vocabulary_is_named_by_file_and_record(copy):
+  path, shard = copy / 'train-00001.arrayrecord', manifest.read(copy).of('train')[1]
+  tokens = Stream(copy, manifest.read(copy), 'train').read(0, shard.tokens) * 0
+  tokens[records.RECORD_TOKENS + 3] = 264
+  records.write_tokens(path, [tokens])
+  with pytest.raises(BadInput, match='train-00001.arrayrecord, record 1: .*token 2051 is 264, and the vocabulary ends'):
+    read_all(copy)
+
+
+def test_a_manifest_that_was_altered_or_is_missing_is_named(copy):
+  path = copy / manifest.NAME
+  path.write_text(path.read_text().replace('"vocab_size": 264', '"vocab_size": 265'))
+  with pytest.raises(BadInput, match='manifest.json: truncated or altered'):
+    data.make_source(config_of(copy))
+  path.unlink()
+  with pytest.raises(BadInput, match='holds no prepared data'):
+    data.make_source(config_of(copy))
+
+
+def test_another_tokenizer_than_the_manifest_s_is_refused(folder, copy):
+  pytest.importorskip('tokenizers')
+  from latent_loop.tokenizer import bpe
+
+  bpe.train(iter(['a few words of text, again and again'] * 9), 300, copy / manifest.TOKENIZER)
+  facts = manifest.facts(copy / manifest.TOKENIZER)
+  seal_again(copy, lambda body: body.update(tokenizer='0' * 64, other_files={manifest.TOKENIZER: facts}))
+  with pytest.raises(BadInput, match='tokenizer.json: not the tokenizer of the manifest'):
+    data.make_source(config_of(copy))
+  with pytest.raises(BadInput, match='prepared with another tokenizer than'):
+    data.make_source(config_of(folder, copy))
+
+
+def test_an_empty_validation_split_is_named(tmp_path):
+  (tmp_path / 'a.txt').write_text('some words of text ' * 40)
+  request = request_of(tmp_path, tmp_path / 'out', patterns=[str(tmp_path / 'a.txt')], limits=filters.Limits())
+  run.prepare(dataclasses.replace(request, validation_fraction=0.0), lambda line: None)
+  with pytest.raises(BadInput, match='no document in its validation split'):
+    data.make_source(config_of(tmp_path / 'out')).rows('validation')
+
+
+def test_paths_and_weights_must_fit():
+  for values, sentence in (
+    ({'paths': ()}, 'does not fit source'),
+    ({'weights': (1.0, 2.0)}, 'for each of the 1 paths'),
+  ):
+    with pytest.raises(BadInput, match=sentence):
+      DataConfig(**{'source': 'prepared', 'paths': ('x',), **values})
