@@ -6,15 +6,15 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from latent_loop import textfile
+from latent_loop import storage
 from latent_loop.config import LogConfig
 from latent_loop.errors import BadInput, SaveFailed
+from latent_loop.storage import Path
 
 
 @jax.tree_util.register_dataclass
@@ -51,18 +51,22 @@ class JsonLines:
       lines = path.read_text().splitlines(keepends=True)
       kept = [line for line in lines if _step_of(line) <= keep_through]
       if len(kept) != len(lines):
-        textfile.write(path, ''.join(kept))
-    self._path, self._file = path, path.open('a')
+        storage.write(path, ''.join(kept))
+    self._path, self._lines = path, storage.Lines(path)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Raises SaveFailed, most often of a full disk."""
     with self._full_disk_in_words():
-      self._file.write(json.dumps(finite({'step': step, **values})) + '\n')
-      self._file.flush()
+      self._lines.add(json.dumps(finite({'step': step, **values})) + '\n')
+
+  def sync(self) -> None:
+    """Returns when every line so far is where others read it."""
+    with self._full_disk_in_words():
+      self._lines.sync()
 
   def close(self) -> None:
     with self._full_disk_in_words():
-      self._file.close()
+      self._lines.close()
 
   @contextlib.contextmanager
   def _full_disk_in_words(self) -> Iterator[None]:
@@ -96,6 +100,7 @@ class TensorBoard:
   """Numbers as TensorBoard scalars, through tensorboardX (no TensorFlow)."""
 
   def __init__(self, workdir: Path):
+    storage.local_only(workdir, 'config.log.tensorboard')
     import tensorboardX  # only when asked for
 
     self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
@@ -105,6 +110,9 @@ class TensorBoard:
       if isinstance(value, (int, float)):
         self._writer.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    self._writer.flush()
+
   def close(self) -> None:
     self._writer.close()
 
@@ -113,6 +121,7 @@ class WeightsAndBiases:
   """The same numbers to a Weights & Biases project; one run per workdir, continued on resume."""
 
   def __init__(self, workdir: Path, project: str):
+    storage.local_only(workdir, f'config.log.wandb_project={project!r}')
     try:
       import wandb
     except ImportError as error:
@@ -126,12 +135,15 @@ class WeightsAndBiases:
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._run.log(values, step=step)
 
+  def sync(self) -> None:
+    """Its own process sends what there is."""
+
   def close(self) -> None:
     self._run.finish()
 
 
 def make_writers(cfg: LogConfig, workdir: Path, resume_step: int) -> list:
-  """The writers that `cfg` asks for; each has write(step, values) and close()."""
+  """The writers that `cfg` asks for; each has write(step, values), sync() and close()."""
   writers: list = [JsonLines(workdir / 'metrics.jsonl', resume_step)]
   if cfg.tensorboard:
     writers.append(TensorBoard(workdir))

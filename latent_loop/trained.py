@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.report import depth_report
 from latent_loop.step import make_sharded_state
+from latent_loop.storage import Path
 from latent_loop.workdir import read_config
 
 VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run

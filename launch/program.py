@@ -15,8 +15,8 @@ from latent_loop.exit_codes import BAD_INPUT, BUG, SAVE_FAILED
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   """Parses flags and ends the process with the exit code of main(), or of main(verb) for a program with verbs.
 
-  Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13. Anything else
-  unforeseen: a traceback and 1.
+  Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13; an object store that
+  fails: one of the two. Anything else unforeseen: a traceback and 1.
   """
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 
@@ -67,12 +67,15 @@ def _sets_none(arg: str) -> bool:
 
 def _guard(main: Callable[[], int]) -> tuple[int, str]:
   """(exit code, what to say on stderr) of main()."""
-  from latent_loop.errors import BadInput, SaveFailed
+  from latent_loop.errors import BadInput, SaveFailed, StoreFault
 
   try:
     return main(), ''
   except BadInput as error:
     return BAD_INPUT, f'error: {error}'
+  except StoreFault as error:
+    advice = 'check the name of the bucket, the credentials and the network, then start the same command again'
+    return SAVE_FAILED if error.writing else BAD_INPUT, f'error: {error}; {advice}'
   except SaveFailed as error:
     return SAVE_FAILED, f'error: {error}'
   except Exception:  # the one place: an unforeseen error must still leave with its own exit code
@@ -141,15 +144,17 @@ def _missing_config() -> str:
   return f'--config={path}: no such file; give one of experiments/*.py'
 
 
-def workdir_of(value: str | None) -> Path:
-  """--workdir as a path; raises BadInput when it is missing or a URL."""
+def workdir_of(value: str | None, flag: str = '--workdir'):
+  """--workdir as a path, also of an object store; raises BadInput when it is missing or no such path."""
+  from latent_loop import storage
   from latent_loop.errors import BadInput
 
   if not value:
     raise BadInput('--workdir is missing; give the folder of the run, such as runs/tiny_text')
-  if '://' in value:
-    raise BadInput(f'--workdir={value}: only local folders work so far; give a path')
-  return Path(value)
+  # A connection on which nothing comes for so long counts as broken; TensorStore would wait for ever.
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '30')
+  os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', '30')
+  return storage.path(value, flag)
 
 
 def step_range(value: str | None) -> tuple[int, int] | None:

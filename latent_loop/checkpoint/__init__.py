@@ -8,7 +8,6 @@ files are what was saved, and whose arrays, once on the devices, hold what they 
 import concurrent.futures
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.parallel.sharding import path_of
+from latent_loop.storage import Path
 
 # What Orbax raises when it cannot read or write.
 FAULTS = (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeError)

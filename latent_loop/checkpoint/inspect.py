@@ -1,7 +1,6 @@
 """What a person asks about checkpoints: which are there, are they good, what differs between two. Changes nothing."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from latent_loop.checkpoint.folder import Folder
 from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.errors import BadInput
 from latent_loop.parallel.sharding import path_of
+from latent_loop.storage import Path
 
 
 def table(workdir: Path) -> list[str]:

@@ -1,0 +1,128 @@
+"""Where a run's files are: a local folder, or an object store by its URL. All that differs between the two is here.
+
+Both are paths with the methods of pathlib: pathlib.Path for a folder, epath.Path for a URL. An object is written whole
+or not at all, cannot be appended to or renamed, and there are no empty folders.
+"""
+
+import os
+import pathlib
+import re
+import time
+
+from etils import epath
+
+from latent_loop.errors import BadInput
+
+Path = pathlib.Path | epath.Path  # what a workdir is
+TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
+_URL = re.compile('([a-z0-9]+)://(.*)')
+_SECS_BETWEEN_WRITES = 30.0  # of an object to which lines are added
+_SHARE_OF_TIME = 0.05  # that writing those may take
+
+
+def path(text: str, flag: str = '--workdir') -> Path:
+  """A folder or a URL as a path; raises BadInput for a URL that is none of ours."""
+  url = _URL.match(text)
+  if not url:
+    return pathlib.Path(text)
+  if url[1] != 'gs':
+    raise BadInput(f'{flag}={text}: no store of this kind is known; give a local folder or gs://BUCKET/FOLDER')
+  bucket, _, folder = url[2].partition('/')
+  if not bucket or not folder.strip('/') or '//' in folder or {'.', '..'} & set(folder.split('/')):
+    raise BadInput(f'{flag}={text}: not the URL of a folder in a bucket; write gs://BUCKET/FOLDER')
+  from latent_loop.storage import objects  # only now: it loads TensorStore
+
+  objects.register(bucket)
+  return epath.Path(text)
+
+
+def absolute(place: Path) -> Path:
+  return place.absolute() if is_local(place) else place  # epath would put the current folder before a URL
+
+
+def is_local(place: Path) -> bool:
+  return '://' not in str(place)
+
+
+def local_only(place: Path, what: str) -> None:
+  """Raises BadInput when `place` is no local folder, for what a library writes that knows nothing else."""
+  if not is_local(place):
+    raise BadInput(f'{what} is written to local folders only, and {place} is none; leave it out, or change --workdir')
+
+
+def write(place: Path, content: str | bytes) -> None:
+  """A file that is written whole or not at all: a process killed meanwhile, or a power failure, leaves the old one."""
+  content = content.encode() if isinstance(content, str) else content
+  if not is_local(place):
+    place.write_bytes(content)
+    return
+  temporary = place.with_name(place.name + TEMPORARY)
+  with open(temporary, 'wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, place)
+
+
+def move(folder: Path, target: Path) -> None:
+  """Moves a folder to a name that is free. A process killed meanwhile has moved a part: move it again."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if is_local(folder):
+    folder.rename(target)
+    return
+  for name in files_below(folder):
+    write(target / name, (folder / name).read_bytes())
+    (folder / name).unlink()
+
+
+def files_below(folder: Path, prefix: str = '') -> list[str]:
+  """Every file below `folder`, by its name from there."""
+  out = []
+  for place in sorted(folder.iterdir()):
+    out += files_below(place, f'{prefix}{place.name}/') if place.is_dir() else [prefix + place.name]
+  return out
+
+
+def is_longer(place: Path, num_bytes: int) -> bool:
+  """Whether a file has more than `num_bytes`, without reading it; raises FileNotFoundError."""
+  if is_local(place):
+    return os.stat(place).st_size > num_bytes
+  from latent_loop.storage import objects
+
+  return objects.is_longer(place, num_bytes)
+
+
+class Lines:
+  """A text file that lines are added to.
+
+  An object can only be written anew, so that happens every now and then, in sync() and in close().
+  """
+
+  def __init__(self, place: Path):
+    self._place, self._file = place, open(place, 'a') if is_local(place) else None
+    self._lines = [place.read_text()] if self._file is None and place.exists() else []
+    self._due, self._unwritten = time.monotonic() + _SECS_BETWEEN_WRITES, False
+
+  def add(self, line: str) -> None:
+    if self._file:
+      self._file.write(line)
+      self._file.flush()
+      return
+    self._lines.append(line)
+    self._unwritten = True
+    if time.monotonic() >= self._due:
+      self.sync()
+
+  def sync(self) -> None:
+    """Returns when all lines are there for others to read."""
+    if self._unwritten:
+      began = time.monotonic()
+      write(self._place, ''.join(self._lines))
+      secs = time.monotonic() - began
+      self._due = time.monotonic() + max(_SECS_BETWEEN_WRITES, secs / _SHARE_OF_TIME)
+      self._unwritten = False
+
+  def close(self) -> None:
+    self.sync()
+    if self._file:
+      self._file.close()
