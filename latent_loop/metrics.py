@@ -74,7 +74,8 @@ class JsonLines:
       yield
     except OSError as error:
       raise SaveFailed(
-        f'{self._path}: cannot be written ({error}); make room or repair the disk, then start the same command again'
+        f'{self._path}: cannot be written ({error}); make room, or repair the disk or the '
+        'connection, then start the same command again'
       ) from error
 
 

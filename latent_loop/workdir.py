@@ -53,6 +53,7 @@ def _open(workdir: Path, config: Config) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     storage.write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
     storage.write(path, to_json(config))
+    storage.check_listed(path)
   except OSError as error:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
 
@@ -82,6 +83,7 @@ def read_config(workdir: Path) -> Config:
   if not path.is_file():
     raise BadInput(f'{workdir}: no config.json, so it is not the folder of a run; give the --workdir of a training run')
   try:
+    storage.check_listed(path)
     return from_json(path.read_text(encoding='utf-8'), str(path))
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'{path}: cannot be read ({error}); restore it, or start a new workdir') from error

@@ -4,14 +4,16 @@ Both are paths with the methods of pathlib: pathlib.Path for a folder, epath.Pat
 or not at all, cannot be appended to or renamed, and there are no empty folders.
 """
 
+import contextlib
 import os
 import pathlib
 import re
 import time
+import types
 
 from etils import epath
 
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, StoreFault
 
 Path = pathlib.Path | epath.Path  # what a workdir is
 TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
@@ -30,9 +32,7 @@ def path(text: str, flag: str = '--workdir') -> Path:
   bucket, _, folder = url[2].partition('/')
   if not bucket or not folder.strip('/') or '//' in folder or {'.', '..'} & set(folder.split('/')):
     raise BadInput(f'{flag}={text}: not the URL of a folder in a bucket; write gs://BUCKET/FOLDER')
-  from latent_loop.storage import objects  # only now: it loads TensorStore
-
-  objects.register(bucket)
+  _objects().register(bucket)
   return epath.Path(text)
 
 
@@ -75,8 +75,16 @@ def move(folder: Path, target: Path) -> None:
     (folder / name).unlink()
 
 
+def check_listed(place: Path) -> None:
+  """Raises StoreFault when a file that is there is not listed: a run would not find its checkpoints, and start over."""
+  if not is_local(place) and place.name not in files_below(place.parent):
+    raise StoreFault(f'{place} is there and the store does not list it; credentials need the right to list objects too')
+
+
 def files_below(folder: Path, prefix: str = '') -> list[str]:
   """Every file below `folder`, by its name from there."""
+  if not is_local(folder):
+    return _objects().names_below(str(folder))
   out = []
   for place in sorted(folder.iterdir()):
     out += files_below(place, f'{prefix}{place.name}/') if place.is_dir() else [prefix + place.name]
@@ -85,11 +93,13 @@ def files_below(folder: Path, prefix: str = '') -> list[str]:
 
 def is_longer(place: Path, num_bytes: int) -> bool:
   """Whether a file has more than `num_bytes`, without reading it; raises FileNotFoundError."""
-  if is_local(place):
-    return os.stat(place).st_size > num_bytes
-  from latent_loop.storage import objects
+  return os.stat(place).st_size > num_bytes if is_local(place) else _objects().is_longer(str(place), num_bytes)
 
-  return objects.is_longer(place, num_bytes)
+
+def _objects() -> types.ModuleType:
+  from latent_loop.storage import objects  # only when a URL is given: it loads TensorStore
+
+  return objects
 
 
 class Lines:
@@ -111,16 +121,19 @@ class Lines:
     self._lines.append(line)
     self._unwritten = True
     if time.monotonic() >= self._due:
-      self.sync()
+      with contextlib.suppress(OSError):  # they are kept, and written next time; sync() says so when it matters
+        self.sync()
 
   def sync(self) -> None:
     """Returns when all lines are there for others to read."""
     if self._unwritten:
       began = time.monotonic()
-      write(self._place, ''.join(self._lines))
-      secs = time.monotonic() - began
-      self._due = time.monotonic() + max(_SECS_BETWEEN_WRITES, secs / _SHARE_OF_TIME)
-      self._unwritten = False
+      try:
+        write(self._place, ''.join(self._lines))
+        self._unwritten = False
+      finally:
+        now = time.monotonic()
+        self._due = now + max(_SECS_BETWEEN_WRITES, (now - began) / _SHARE_OF_TIME)
 
   def close(self) -> None:
     self.sync()

@@ -14,8 +14,9 @@ import tensorstore as ts
 
 from latent_loop.errors import BadInput, StoreFault
 
-# Of one request: after that many tries the store counts as gone. Orbax's arrays have TensorStore's default, 32.
-RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '8s'}
+# Of one request: a store that fails at once counts as gone after two minutes. Orbax's arrays have TensorStore's own
+# patience, a quarter of an hour; the watchdog ends a save sooner.
+RETRIES = {'max_retries': 9, 'initial_delay': '500ms', 'max_delay': '32s'}
 
 
 def register(bucket: str) -> None:
@@ -23,14 +24,25 @@ def register(bucket: str) -> None:
   for name in ('gs', 'gcs'):
     fsspec.register_implementation(name, Objects, clobber=True)
   try:
-    _store(bucket)
+    bucket_at(bucket)
   except ValueError as error:
     raise BadInput(f'gs://{bucket}: no bucket can have this name ({_short(error)}); correct it') from error
 
 
-def is_longer(place: Any, num_bytes: int) -> bool:
+def names_below(path: str) -> list[str]:
+  """Every key below a folder, without the folder's own."""
+  bucket, key = _split(path)
+  prefix = f'{key}/' if key else ''
+  everything = ts.KvStore.KeyRange(prefix, prefix[:-1] + '0' if prefix else '')  # '0' follows '/'
+  names = _found(bucket_at(bucket).list(everything, len(prefix)), path)
+  # TensorStore 0.1.86 takes the refusal of a list for the end of it, so ask something else: are we refused?
+  _found(bucket_at(bucket).read(f'{prefix}.', byte_range=slice(0, 0)), path)
+  return sorted(name.decode() for name in names)
+
+
+def is_longer(path: str, num_bytes: int) -> bool:
   """Whether an object has more than `num_bytes`; raises FileNotFoundError."""
-  bucket, key = _split(str(place))
+  bucket, key = _split(path)
   try:
     return len(_read(bucket, key, slice(num_bytes, num_bytes + 1))) == 1
   except StoreFault as error:
@@ -45,7 +57,7 @@ class Objects(fsspec.AbstractFileSystem):
   protocol = ('gs', 'gcs')
 
   def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list:
-    below = self._below(path)
+    below = names_below(path)
     if not below:
       raise FileNotFoundError(f'{path}: no such folder in the store')
     top, prefix = {}, self._strip_protocol(path)
@@ -68,10 +80,10 @@ class Objects(fsspec.AbstractFileSystem):
 
   def isfile(self, path: str) -> bool:
     bucket, key = _split(path)
-    return bool(key) and _found(_store(bucket).read(key, byte_range=slice(0, 0)), path).state == 'value'
+    return bool(key) and _found(bucket_at(bucket).read(key, byte_range=slice(0, 0)), path).state == 'value'
 
   def isdir(self, path: str) -> bool:
-    return bool(self._below(path))
+    return bool(names_below(path))
 
   def exists(self, path: str, **kwargs: Any) -> bool:
     return self.isfile(path) or self.isdir(path)
@@ -84,10 +96,10 @@ class Objects(fsspec.AbstractFileSystem):
 
   def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
     bucket, key = _split(path)
-    keys = [f'{key}/{name}' for name in self._below(path)] if recursive else []
+    keys = [f'{key}/{name}' for name in names_below(path)] if recursive else []
     if not keys and not self.isfile(path):
       raise FileNotFoundError(f'{path}: not in the store')
-    pending = [(name, _store(bucket).write(name, None)) for name in keys or [key]]
+    pending = [(name, bucket_at(bucket).write(name, None)) for name in keys or [key]]
     for name, future in pending:
       _found(future, f'{bucket}/{name}', writing=True)
 
@@ -98,13 +110,6 @@ class Objects(fsspec.AbstractFileSystem):
     if mode == 'wb':
       return _Upload(bucket, key)
     raise StoreFault(f'gs://{path}: an object cannot be opened with mode {mode}', writing=True)
-
-  def _below(self, path: str) -> list[str]:
-    """Every key below a folder, without the folder's own."""
-    bucket, key = _split(path)
-    prefix = f'{key}/' if key else ''
-    everything = ts.KvStore.KeyRange(prefix, prefix[:-1] + '0' if prefix else '')  # '0' follows '/'
-    return [name.decode() for name in _found(_store(bucket).list(everything, len(prefix)), path)]
 
 
 class _Upload(io.BytesIO):
@@ -118,18 +123,18 @@ class _Upload(io.BytesIO):
     if not self.closed:
       content = self.getvalue()
       super().close()
-      _found(_store(self._bucket).write(self._key, content), f'{self._bucket}/{self._key}', writing=True)
+      _found(bucket_at(self._bucket).write(self._key, content), f'{self._bucket}/{self._key}', writing=True)
 
 
 def _read(bucket: str, key: str, part: slice | None = None) -> bytes:
-  result = _found(_store(bucket).read(key, byte_range=part), f'{bucket}/{key}')
+  result = _found(bucket_at(bucket).read(key, byte_range=part), f'{bucket}/{key}')
   if result.state != 'value':
     raise FileNotFoundError(f'gs://{bucket}/{key}: not in the store')
   return result.value
 
 
 @functools.cache
-def _store(bucket: str) -> ts.KvStore:
+def bucket_at(bucket: str) -> ts.KvStore:
   context = ts.Context({'gcs_request_retries': RETRIES})
   return ts.KvStore.open({'driver': 'gcs', 'bucket': bucket, 'path': ''}, context=context).result()
 
