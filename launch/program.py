@@ -153,7 +153,9 @@ def workdir_of(value: str | None, flag: str = '--workdir'):
     raise BadInput('--workdir is missing; give the folder of the run, such as runs/tiny_text')
   # A connection on which nothing comes for so long counts as broken; TensorStore would wait for ever.
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '30')
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
   os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', '30')
+  os.environ['EPATH_USE_TF'] = 'false'  # or etils takes an installed TensorFlow for gs://, and not latent_loop/storage
   return storage.path(value, flag)
 
 

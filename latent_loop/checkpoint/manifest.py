@@ -139,5 +139,5 @@ def _hash(path: epath.Path) -> list:
 
 
 def short(error: BaseException) -> str:
-  """An error of a library as part of a sentence."""
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+  """An error of a library as part of a sentence; without the answer of a server that TensorStore quotes."""
+  return f'{type(error).__name__}: {" ".join(str(error).partition(" [http")[0].split())[:200]}'

@@ -17,7 +17,7 @@ from latent_loop.errors import BadInput, StoreFault
 
 Path = pathlib.Path | epath.Path  # what a workdir is
 TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
-_URL = re.compile('([a-z0-9]+)://(.*)')
+_URL = re.compile(r'(\w[\w+.-]*)://(.*)')
 _SECS_BETWEEN_WRITES = 30.0  # of an object to which lines are added
 _SHARE_OF_TIME = 0.05  # that writing those may take
 
