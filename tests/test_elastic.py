@@ -127,12 +127,14 @@ def test_the_store_changes_nothing(local, remote):
   assert kill.differences(local, remote) == []
 
 
-def test_a_store_that_refuses_a_save_ends_the_run_with_13_and_the_same_command_goes_on(remote, tmp_path):
+@pytest.mark.parametrize('step, changes', [(6, 8), (7, 22)])
+def test_a_store_that_refuses_a_save_ends_the_run_with_13_and_the_same_command_goes_on(remote, tmp_path, step, changes):
+  """changes: of the store, before it refuses everything, so that the save of `step` fails; no line of a log is lost."""
   workdir = as_saved(remote, tmp_path)
   run = functools.partial(loop.run, on_mesh(CONFIG, fsdp=8), workdir)
-  with STORE.faults(changes_left=8):
+  with STORE.faults(changes_left=changes):
     code, sentence = program._guard(run)
-  assert code == exit_codes.SAVE_FAILED and f'{STEPS}: this checkpoint could not be saved' in sentence, sentence
+  assert code == exit_codes.SAVE_FAILED and f'{step}: this checkpoint could not be saved' in sentence, sentence
   assert run() == loop.DONE
   assert kill.differences(remote, workdir) == []
 

@@ -220,19 +220,19 @@ def test_a_kill_inside_a_save_costs_that_step_alone(store, remote, changes):
   assert newest(remote)[0] == 3
 
 
-def test_a_store_that_fails_while_it_is_read_damages_no_step(store, remote, monkeypatch):
+@pytest.mark.parametrize('faults', [{'changes_left': -1}, {'fail_every': 1}], ids=str)
+def test_a_store_that_fails_while_it_is_read_damages_no_step(store, remote, monkeypatch, faults):
   save(remote, 1, 2)
   before = dict(store.objects)
   load = checkpoint.ocp.load
 
-  def load_from_a_store_that_stops(*args):
-    store.changes_left = -1
-    return load(*args)
+  def load_from_a_store_that_fails(*args):
+    with store.faults(**faults):
+      return load(*args)
 
-  monkeypatch.setattr(checkpoint.ocp, 'load', load_from_a_store_that_stops)
-  with pytest.raises(StoreFault):
+  monkeypatch.setattr(checkpoint.ocp, 'load', load_from_a_store_that_fails)
+  with pytest.raises(StoreFault, match='checkpoints/2: the store did not read it'):
     newest(remote)
-  store.heal()
   monkeypatch.undo()
   assert store.objects == before and newest(remote)[0] == 2
 

@@ -177,8 +177,7 @@ class Checkpoints:
     try:
       state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes, specs))
     except FAULTS as error:
-      manifest.read(path, step)  # a store that fails altogether raises here, and damages nothing
-      raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
+      raise manifest.unreadable(path, error) from error
     compiling.result()
     arrays = part(state)
     manifest.check_arrays(saved, content.finish(list(arrays), content.start(arrays)))

@@ -104,7 +104,7 @@ def _load(path: epath.Path, names: set[str]) -> dict[str, jax.Array]:
     shapes = ocp.metadata(str(path)).metadata
     state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes))
   except FAULTS as error:
-    raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
+    raise manifest.unreadable(path, error) from error
   loaded = {name: leaf for name, leaf in content.named(state).items() if name in names}
   if loaded.keys() != names:
     raise Damaged(f'array {sorted(names - loaded.keys())[0]} is missing')

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from latent_loop import storage
+from latent_loop.errors import StoreFault
 
 FORMAT = 2  # 1: no manifest, what it says about itself in `meta`; 2: manifest.jsonl
 NAME = 'manifest.jsonl'
@@ -136,6 +137,13 @@ def _hash(path: epath.Path) -> list:
       digest.update(chunk)
       size += len(chunk)
   return [size, digest.hexdigest()]
+
+
+def unreadable(folder: epath.Path, error: Exception) -> Exception:
+  """What to raise when Orbax could not read the arrays of a step whose files are whole: a store may be at fault."""
+  if storage.is_fault(folder, error):
+    return StoreFault(f'{folder}: the store did not read it ({short(error)})')
+  return Damaged(f'its arrays cannot be read ({short(error)})')
 
 
 def short(error: BaseException) -> str:

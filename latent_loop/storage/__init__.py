@@ -18,6 +18,9 @@ from latent_loop.errors import BadInput, StoreFault
 Path = pathlib.Path | epath.Path  # what a workdir is
 TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
 _URL = re.compile(r'(\w[\w+.-]*)://(.*)')
+_FAULT = re.compile(
+  r'\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED): '
+)  # how TensorStore's messages begin then; DATA_LOSS, NOT_FOUND and others are about the content
 _SECS_BETWEEN_WRITES = 30.0  # of an object to which lines are added
 _SHARE_OF_TIME = 0.05  # that writing those may take
 
@@ -73,6 +76,11 @@ def move(folder: Path, target: Path) -> None:
   for name in files_below(folder):
     write(target / name, (folder / name).read_bytes())
     (folder / name).unlink()
+
+
+def is_fault(place: Path, error: Exception) -> bool:
+  """Whether a library could not read `place` because its store failed, and not because of what is there."""
+  return not is_local(place) and (isinstance(error, StoreFault) or bool(_FAULT.search(str(error))))
 
 
 def check_listed(place: Path) -> None:
