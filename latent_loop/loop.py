@@ -144,8 +144,9 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   saving = stopping or last or step % this.config.checkpoint.every_steps == 0
   watch.phase('device')
   if saving:  # look at this step's numbers first, and write them: a resume begins behind them
-    logger.sync()
+    logger.flush()
     watch.phase('save')
+    logger.sync()
   faults = guards.not_finite(this.state) if saving or logger.failed else []
   if logger.failed or faults:
     watch.phase('diagnosis')

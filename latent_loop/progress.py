@@ -127,8 +127,7 @@ class Logger:
     self._first = False
 
   def sync(self) -> None:
-    """Handles the pending step, and writes all that was logged where it stays."""
-    self.flush()
+    """Returns when all lines that were logged are where others read them."""
     for writer in self._writers:
       writer.sync()
 
