@@ -77,6 +77,12 @@ def test_what_is_absent_is_absent(place):
       read()
 
 
+def test_a_folder_that_a_console_made_is_not_there(store, remote):
+  store.objects.update({'a/run/': b'', 'a/run/checkpoints/': b''})
+  assert not remote.exists() and storage.files_below(remote) == [] and Folder(remote).steps() == []
+  assert end_of(URL) == (0, ''), 'a run can start in it'
+
+
 ASK = {
   'exists': lambda path: path.exists(),
   'is_dir': lambda path: path.is_dir(),

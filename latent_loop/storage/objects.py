@@ -30,14 +30,14 @@ def register(bucket: str) -> None:
 
 
 def names_below(path: str) -> list[str]:
-  """Every key below a folder, without the folder's own."""
+  """Every key below a folder, without the folder's own, and without the empty objects that consoles show as folders."""
   bucket, key = _split(path)
   prefix = f'{key}/' if key else ''
   everything = ts.KvStore.KeyRange(prefix, prefix[:-1] + '0' if prefix else '')  # '0' follows '/'
   names = _found(bucket_at(bucket).list(everything, len(prefix)), path)
   # TensorStore 0.1.86 takes the refusal of a list for the end of it, so ask something else: are we refused?
   _found(bucket_at(bucket).read(f'{prefix}.', byte_range=slice(0, 0)), path)
-  return sorted(name.decode() for name in names)
+  return sorted(name.decode() for name in names if name and not name.endswith(b'/'))
 
 
 def is_longer(path: str, num_bytes: int) -> bool:
