@@ -11,3 +11,11 @@ class BadInput(ValueError):
 
 class SaveFailed(RuntimeError):
   """A checkpoint could not be written: a full disk, a lost connection. One sentence or two; exit code 13."""
+
+
+class StoreFault(OSError):
+  """An object store did not do what it was asked: exit code 2, or 13 when it was asked to write."""
+
+  def __init__(self, message: str, writing: bool = False):
+    super().__init__(message)
+    self.writing = writing

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from latent_loop.parallel.group import Alone, Group
 from latent_loop.progress import Logger, Profiler, say
 from latent_loop.sealing import fingerprint
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
+from latent_loop.storage import Path
 from latent_loop.trust import alarms, diagnosis, guards
 from latent_loop.trust.watchdog import Watchdog
 from latent_loop.workdir import open_workdir, update_config
@@ -154,6 +154,7 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   if saving:  # look at this step's numbers first, and write them: a resume begins behind them
     logger.flush()
     watch.phase('save')
+    logger.sync()
   faults = guards.not_finite(this.state) if saving or logger.failed else []
   if logger.failed or faults:
     watch.phase('diagnosis')

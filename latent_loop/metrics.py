@@ -6,15 +6,15 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from latent_loop import textfile
+from latent_loop import storage
 from latent_loop.config import LogConfig
-from latent_loop.errors import BadInput, SaveFailed
+from latent_loop.errors import BadInput, SaveFailed, StoreFault
+from latent_loop.storage import Path
 
 
 @jax.tree_util.register_dataclass
@@ -52,18 +52,22 @@ class JsonLines:
       lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
       kept = [line for i, line in enumerate(lines) if _stays(line, keep_through, i == len(lines) - 1)]
       if len(kept) != len(lines):
-        textfile.write_bytes(path, b''.join(kept))
-      self._file = path.open('a')
+        storage.write(path, b''.join(kept))
+      self._lines = storage.Lines(path)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Raises SaveFailed, most often of a full disk."""
     with self._full_disk_in_words():
-      self._file.write(json.dumps(finite({'step': step, **values})) + '\n')
-      self._file.flush()
+      self._lines.add(json.dumps(finite({'step': step, **values})) + '\n')
+
+  def sync(self) -> None:
+    """Returns when every line so far is where others read it."""
+    with self._full_disk_in_words():
+      self._lines.sync()
 
   def close(self) -> None:
     with self._full_disk_in_words():
-      self._file.close()
+      self._lines.close()
 
   @contextlib.contextmanager
   def _full_disk_in_words(self) -> Iterator[None]:
@@ -71,7 +75,8 @@ class JsonLines:
       yield
     except OSError as error:
       raise SaveFailed(
-        f'{self._path}: cannot be written ({error}); make room or repair the disk, then start the same command again'
+        f'{self._path}: cannot be written ({error}); make room, or repair the disk or the '
+        'connection, then start the same command again'
       ) from error
 
 
@@ -100,6 +105,8 @@ def _stays(line: bytes, keep_through: int, last: bool) -> bool:
 def _unreadable_in_words(path: Path) -> Iterator[None]:
   try:
     yield
+  except StoreFault:
+    raise
   except OSError as error:
     raise BadInput(f'{path}: cannot be read or written ({error}); repair it, or move it away') from error
 
@@ -108,6 +115,7 @@ class TensorBoard:
   """Numbers as TensorBoard scalars, through tensorboardX (no TensorFlow)."""
 
   def __init__(self, workdir: Path):
+    storage.local_only(workdir, 'config.log.tensorboard')
     import tensorboardX  # only when asked for
 
     self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
@@ -117,6 +125,9 @@ class TensorBoard:
       if isinstance(value, (int, float)):
         self._writer.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    self._writer.flush()
+
   def close(self) -> None:
     self._writer.close()
 
@@ -125,6 +136,7 @@ class WeightsAndBiases:
   """The same numbers to a Weights & Biases project; one run per workdir, continued on resume."""
 
   def __init__(self, workdir: Path, project: str):
+    storage.local_only(workdir, f'config.log.wandb_project={project!r}')
     try:
       import wandb
     except ImportError as error:
@@ -138,12 +150,15 @@ class WeightsAndBiases:
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._run.log(values, step=step)
 
+  def sync(self) -> None:
+    """Its own process sends what there is."""
+
   def close(self) -> None:
     self._run.finish()
 
 
 def make_writers(cfg: LogConfig, workdir: Path, resume_step: int) -> list:
-  """The writers that `cfg` asks for; each has write(step, values) and close()."""
+  """The writers that `cfg` asks for; each has write(step, values), sync() and close()."""
   writers: list = [JsonLines(workdir / 'metrics.jsonl', resume_step)]
   if cfg.tensorboard:
     writers.append(TensorBoard(workdir))

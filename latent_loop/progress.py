@@ -2,11 +2,11 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from latent_loop import storage
 from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -15,6 +15,7 @@ from latent_loop.model import Model, cost
 from latent_loop.parallel import chips
 from latent_loop.parallel.group import Alone, Group
 from latent_loop.sealing import fingerprint
+from latent_loop.storage import Path
 from latent_loop.trust import alarms
 from latent_loop.trust.watchdog import Watchdog
 
@@ -36,6 +37,8 @@ class Profiler:
       raise BadInput(
         f'--profile_steps={steps[0]}:{steps[1]} lies outside the steps to do, {first}:{last}; choose a range inside'
       )
+    if steps:
+      storage.local_only(workdir, '--profile_steps')
     self._steps = steps if jax.process_index() == 0 else None
     self._folder, self._tracing = workdir / 'profile', False
 
@@ -122,6 +125,11 @@ class Logger:
     if self._first:
       say(f'first step done {time.perf_counter() - self._began:.1f} s after the start, compiling included')
     self._first = False
+
+  def sync(self) -> None:
+    """Returns when all lines that were logged are where others read them."""
+    for writer in self._writers:
+      writer.sync()
 
   def _report_skip(self, values: dict[str, Any]) -> None:
     say(

@@ -4,13 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from latent_loop import data, textfile
+from latent_loop import data, storage
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
@@ -27,6 +26,7 @@ from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.report import depth_report
 from latent_loop.step import make_sharded_state
+from latent_loop.storage import Path
 from latent_loop.workdir import read_config
 
 VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run
@@ -140,7 +140,7 @@ def write_exits(trained: Trained, workdir: Path, source: data.Source, depth: int
       parts.append((jax.device_get(evaluate(trained.params, place(batch, trained.mesh), key)), batch))
   numbers = {'step': trained.step, **exit_eval.curves(exit_eval.flatten(parts))}
   path = workdir / 'exits.json'
-  textfile.write(path, json.dumps(numbers, indent=1) + '\n')
+  storage.write(path, json.dumps(numbers, indent=1) + '\n')
   return path, numbers
 
 

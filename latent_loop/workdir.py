@@ -3,15 +3,15 @@
 import importlib.metadata
 import json
 import platform
-from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
-from latent_loop import textfile
+from latent_loop import storage
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.sealing import differences, fingerprint, from_json, to_json
+from latent_loop.storage import Path
 
 # Values that may change between two starts of one run: none of them changes what an example or a
 # parameter is. All others decide the run, and a change of them is refused.
@@ -22,7 +22,7 @@ SAFE = (
 )  # fmt: skip
 
 # All that a process killed in its first moments may leave: config.json, which makes a folder that of a run, comes last.
-_FIRST_FILES = {'versions.json', f'versions.json{textfile.TEMPORARY}', f'config.json{textfile.TEMPORARY}'}
+_FIRST_FILES = {'versions.json', f'versions.json{storage.TEMPORARY}', f'config.json{storage.TEMPORARY}'}
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
@@ -52,8 +52,9 @@ def _open(workdir: Path, config: Config) -> None:
     if workdir.is_file() or (workdir.is_dir() and {path.name for path in workdir.iterdir()} - _FIRST_FILES):
       raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
     workdir.mkdir(parents=True, exist_ok=True)
-    textfile.write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
-    textfile.write(path, to_json(config))
+    storage.write(workdir / 'versions.json', json.dumps(versions(config), indent=2) + '\n')
+    storage.write(path, to_json(config))
+    storage.check_listed(path)
   except OSError as error:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
 
@@ -71,7 +72,7 @@ def update_config(workdir: Path, config: Config) -> list[str]:
   versions.json stays as it was: the versions that the run began with.
   """
   lines = [f'{key} was {a!r}, is now {b!r}' for key, (a, b) in differences(read_config(workdir), config).items()]
-  textfile.write(workdir / 'config.json', to_json(config))
+  storage.write(workdir / 'config.json', to_json(config))
   then, now = _packages_then(workdir / 'versions.json'), versions(config)['packages']
   return lines + [f'{name} was {v}, is now {now[name]}' for name, v in then.items() if now.setdefault(name, v) != v]
 
@@ -91,6 +92,7 @@ def read_config(workdir: Path) -> Config:
   if not path.is_file():
     raise BadInput(f'{workdir}: no config.json, so it is not the folder of a run; give the --workdir of a training run')
   try:
+    storage.check_listed(path)
     return from_json(path.read_text(encoding='utf-8'), str(path))
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'{path}: cannot be read ({error}); restore it, or start a new workdir') from error

@@ -28,7 +28,7 @@ def main(verb: str) -> int:
     if not (len(steps) == 2 or _OTHER.value and not steps):
       raise BadInput('diff compares two: give --steps=A --steps=B, or --other=DIR for the newest of two runs, or all')
     first, second = steps or (None, None)
-    other = program.workdir_of(_OTHER.value) if _OTHER.value else workdir
+    other = program.workdir_of(_OTHER.value, '--other') if _OTHER.value else workdir
     lines = inspect.differences((workdir, first), (other, second))
   for line in lines:
     print(line, flush=True)

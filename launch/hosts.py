@@ -27,7 +27,7 @@ _TPU_PORT = 8482
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def join(config, workdir: Path):
+def join(config, workdir):
   """Meets the other processes and prints the preflight; returns the Group, or None for a process alone.
 
   Raises BadInput, on all processes alike, when they cannot work together.
@@ -136,7 +136,7 @@ def _metadata(environment: dict[str, str], key: str) -> str:
     raise BadInput(f'--cluster=tpu: {url} does not answer ({error}), so this is no TPU VM; drop the flag') from error
 
 
-def _facts(config, workdir: Path) -> dict[str, str]:
+def _facts(config, workdir) -> dict[str, str]:
   """What must be equal on all processes: the config key by key, the code, the packages, the folder."""
   from latent_loop import sealing
 

@@ -16,8 +16,8 @@ from latent_loop.exit_codes import BAD_INPUT, BUG, SAVE_FAILED
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   """Parses flags and ends the process with the exit code of main(), or of main(verb) for a program with verbs.
 
-  Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13. Anything else
-  unforeseen: a traceback and 1.
+  Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13; an object store that
+  fails: one of the two. Anything else unforeseen: a traceback and 1.
   """
   sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
@@ -79,12 +79,15 @@ def _sets_none(arg: str) -> bool:
 
 def _guard(main: Callable[[], int]) -> tuple[int, str]:
   """(exit code, what to say on stderr) of main()."""
-  from latent_loop.errors import BadInput, SaveFailed
+  from latent_loop.errors import BadInput, SaveFailed, StoreFault
 
   try:
     return main(), ''
   except BadInput as error:
     return BAD_INPUT, f'error: {_printable(error)}'
+  except StoreFault as error:
+    advice = 'check the name of the bucket, the credentials and the network, then start the same command again'
+    return SAVE_FAILED if error.writing else BAD_INPUT, f'error: {_printable(error)}; {advice}'
   except SaveFailed as error:
     return SAVE_FAILED, f'error: {_printable(error)}'
   except Exception as error:  # the one place: an unforeseen error must still leave with its own exit code
@@ -183,15 +186,20 @@ def _config_path() -> str:
   return ''
 
 
-def workdir_of(value: str | None) -> Path:
-  """--workdir as a path; raises BadInput when it is missing or a URL."""
+def workdir_of(value: str | None, flag: str = '--workdir'):
+  """--workdir as a path, also of an object store; raises BadInput when it is missing or no such path."""
+  from latent_loop import storage
   from latent_loop.errors import BadInput
 
   if not value:
     raise BadInput('--workdir is missing; give the folder of the run, such as runs/tiny_text')
-  if '://' in value:
-    raise BadInput(f'--workdir={value}: only local folders work so far; give a path')
-  return path_of('workdir', value)
+  # A connection on which nothing comes for so long counts as broken; TensorStore would wait for ever.
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '30')
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
+  os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', '30')
+  os.environ['EPATH_USE_TF'] = 'false'  # or etils takes an installed TensorFlow for gs://, and not latent_loop/storage
+  place = storage.path(value, flag)
+  return path_of(flag, value) if storage.is_local(place) else place
 
 
 def path_of(flag: str, value: str) -> Path:
@@ -201,7 +209,7 @@ def path_of(flag: str, value: str) -> Path:
   try:
     Path(value).exists()
   except OSError as error:
-    raise BadInput(f'--{flag}={value[:80]}: no file can be there ({error.strerror}); give another path') from error
+    raise BadInput(f'{flag}={value[:80]}: no file can be there ({error.strerror}); give another path') from error
   return Path(value)
 
 

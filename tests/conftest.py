@@ -18,6 +18,14 @@ os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).s
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests.object_store import STORE  # noqa: E402
+
+os.environ['TENSORSTORE_GCS_HTTP_URL'] = STORE.address
+os.environ['TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS'] = '1'
+os.environ['TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES'] = '1'
+os.environ['GOOGLE_AUTH_TOKEN_FOR_TESTING'] = 'none'  # nobody's: the stand-in asks for none
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -25,3 +33,17 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 assert jax.device_count() == 8, (
   f'the tests need 8 virtual CPU devices and see {jax.devices()}: something imported and used JAX before conftest.py'
 )
+
+
+@pytest.fixture
+def store(monkeypatch):
+  """The stand-in for an object store, empty and in good health, and little patience with it."""
+  from latent_loop.storage import objects
+
+  monkeypatch.setattr(objects, 'RETRIES', {'max_retries': 2, 'initial_delay': '20ms', 'max_delay': '50ms'})
+  objects.bucket_at.cache_clear()
+  STORE.start()
+  STORE.objects.clear()
+  yield STORE
+  STORE.heal()
+  objects.bucket_at.cache_clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from latent_loop import textfile, workdir
+from latent_loop import storage, workdir
 from latent_loop.chaos import kill
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import CheckpointConfig
@@ -106,9 +106,9 @@ def test_a_kill_while_the_report_is_written_leaves_no_half_json(tmp_path, monkey
   assert not (tmp_path / 'depth_report.json').exists()
 
 
-def test_textfile_writes_the_whole_text(tmp_path):
-  textfile.write(tmp_path / 'a', 'one\n')
-  textfile.write(tmp_path / 'a', 'two\n')
+def test_a_file_is_written_whole(tmp_path):
+  storage.write(tmp_path / 'a', 'one\n')
+  storage.write(tmp_path / 'a', 'two\n')
   assert (tmp_path / 'a').read_text() == 'two\n' and len(list(tmp_path.iterdir())) == 1
 
 

@@ -190,6 +190,9 @@ def test_gke_dry_run():
   ):
     assert line in manifest, line
   assert manifest.splitlines()[-1] == 'kubectl apply -f - # with the manifest above'
+  without = bash('launch/gke/jobset.sh', '--dry_run', *options, '--slices=2', *train).stdout
+  volumes = manifest[manifest.index('                  volumeMounts:') : manifest.index('kubectl')]
+  assert manifest.replace(volumes, '') == without and 'claimName: runs' in volumes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ files are what was saved, and whose arrays, once on the devices, hold what they 
 import concurrent.futures
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.parallel.sharding import path_of
+from latent_loop.storage import Path
 
 # What Orbax raises when it cannot read or write.
 FAULTS = (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeError)
@@ -73,11 +73,14 @@ class Checkpoints:
         raise self._failure(step, error) from error
 
   def _failure(self, step: int, error: BaseException) -> SaveFailed:
-    older = [s for s in self.folder.steps() if s != step]
-    rest = f'the step before it, {older[-1]}, is as it was' if older else 'there is no step before it'
+    try:
+      older = [s for s in self.folder.steps() if s != step]
+      rest = f'the step before it, {older[-1]}, is as it was' if older else 'there is no step before it'
+    except OSError:  # an object store that is gone altogether
+      rest = 'no step before it was touched'
     return SaveFailed(
-      f'{self.folder / step}: this checkpoint could not be saved ({manifest.short(error)}); {rest}. Make room or '
-      'repair the disk, then start the same command again'
+      f'{self.folder / step}: this checkpoint could not be saved ({manifest.short(error)}); {rest}. Make room, or '
+      'repair the disk or the connection, then start the same command again'
     )
 
   def restore_newest(
@@ -122,7 +125,7 @@ class Checkpoints:
             self._skip(step, error, skipped)
       except OSError as error:
         found['refused'] = (
-          f'{self.folder.path}: cannot be read ({manifest.short(error)}); repair the disk or its rights'
+          f'{self.folder.path}: cannot be read ({manifest.short(error)}); repair the disk, its rights or the connection'
         )
       if found['step'] is None and not found['refused'] and (skipped or self.folder.list_set_aside()):
         found['refused'] = (
@@ -175,7 +178,7 @@ class Checkpoints:
     try:
       state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes, specs))
     except FAULTS as error:
-      raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
+      raise manifest.unreadable(path, error) from error
     compiling.result()
     arrays = part(state)
     manifest.check_arrays(saved, content.finish(list(arrays), content.start(arrays)))

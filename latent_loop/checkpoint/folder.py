@@ -1,25 +1,28 @@
 """The folder `checkpoints` of a run: which steps it holds, what was left unfinished, what is set aside or deleted.
 
 STEP/ is a step. STEP.unfinished stands beside it from before its save starts until its manifest is written, so that
-a save that was killed is known from a step that lost its manifest. set_aside/ holds the damaged ones.
+a save that was killed is known from a step that lost its manifest. set_aside/ holds the damaged ones, as STEP-0, STEP-1
+...; STEP.aside-0 stands beside one on its way there: in an object store that is no single act.
 """
 
-from pathlib import Path
+import re
 
 from etils import epath
 
+from latent_loop import storage
 from latent_loop.checkpoint import manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput
 
 _MARK, _ORBAX, _ASIDE = '.unfinished', '.orbax-checkpoint-tmp', 'set_aside'
+_LEAVING = re.compile(r'(\d+)\.aside-(\d+)')
 
 
 class Folder:
   """Process 0 alone changes it."""
 
-  def __init__(self, workdir: Path):
-    self.path = epath.Path(workdir).absolute() / 'checkpoints'
+  def __init__(self, workdir: storage.Path):
+    self.path = epath.Path(storage.absolute(workdir)) / 'checkpoints'
     self.set_aside_path = self.path / _ASIDE
     if self.path.is_file():
       raise BadInput(f'{self.path}: a file, where the folder of the checkpoints belongs; move it away')
@@ -29,14 +32,18 @@ class Folder:
 
   def steps(self) -> list[int]:
     """Every step that is not known to be unfinished, ascending; some of them may be damaged."""
-    names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-    found = [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+    names = self._names()
+    leaving = {match[1] for match in map(_LEAVING.fullmatch, names) if match}
+    found = [int(name) for name in names if name.isdecimal() and name == str(int(name)) and name not in leaving]
     return sorted(s for s in found if f'{s}{_MARK}' not in names or self._has_manifest(s))
 
   def unfinished(self) -> list[int]:
     """Every step that a save works on, or was killed at."""
-    names = [path.name.removesuffix(_MARK) for path in self.path.glob(f'*{_MARK}')] if self.path.exists() else []
+    names = [name.removesuffix(_MARK) for name in self._names() if name.endswith(_MARK)]
     return sorted(int(name) for name in names if name.isdecimal() and not self._has_manifest(name))
+
+  def _names(self) -> list[str]:
+    return [path.name for path in self.path.iterdir()] if self.path.exists() else []
 
   def _has_manifest(self, step: int | str) -> bool:
     return (self / step / manifest.NAME).exists()
@@ -54,24 +61,33 @@ class Folder:
     return self.path / f'{step}{_MARK}'
 
   def clean_up(self) -> None:
-    """Removes saves that a killed process left unfinished: nobody was told that they exist."""
-    for path in list(self.path.iterdir()) if self.path.exists() else []:
-      if _ORBAX in path.name:
-        path.rmtree() if path.is_dir() else path.unlink()
-    for path in list(self.path.iterdir()) if self.path.exists() else []:
-      step = path.name.removesuffix(_MARK)
-      if path.name.endswith(_MARK) and step.isdecimal():
+    """Ends what a killed process left: removes unfinished saves, of which nobody was told; the rest goes aside."""
+    for name in self._names():
+      if _ORBAX in name:
+        (self / name).rmtree() if (self / name).is_dir() else (self / name).unlink()
+      elif leaving := _LEAVING.fullmatch(name):
+        self._move_aside(*leaving.groups())
+    for name in self._names():
+      step = name.removesuffix(_MARK)
+      if name.endswith(_MARK) and step.isdecimal():
         if (self / step).exists() and not self._has_manifest(step):
           (self / step).rmtree()
         self.end(step)
 
   def set_aside(self, step: int) -> epath.Path:
     """Moves a damaged step out of the way, where it can be looked at; returns the place."""
-    self.set_aside_path.mkdir(exist_ok=True)
     taken = {path.name for path in self.list_set_aside()}
-    name = next(name for i in range(len(taken) + 1) if (name := f'{step}-{i}') not in taken)
-    (self / step).rename(self.set_aside_path / name)
-    return self.set_aside_path / name
+    number = next(i for i in range(len(taken) + 1) if f'{step}-{i}' not in taken)
+    return self._move_aside(step, number)
+
+  def _move_aside(self, step: int | str, number: int | str) -> epath.Path:
+    """Killed anywhere in it, it has to be done again, and can be."""
+    mark, target = self.path / f'{step}.aside-{number}', self.set_aside_path / f'{step}-{number}'
+    mark.touch()
+    if (self / step).exists():
+      storage.move(self / step, target)
+    mark.unlink()
+    return target
 
   def list_set_aside(self) -> list[epath.Path]:
     return sorted(self.set_aside_path.iterdir()) if self.set_aside_path.exists() else []

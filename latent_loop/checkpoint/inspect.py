@@ -1,7 +1,6 @@
 """What a person asks about checkpoints: which are there, are they good, what differs between two. Changes nothing."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from latent_loop.checkpoint.folder import Folder
 from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.errors import BadInput
 from latent_loop.parallel.sharding import path_of
+from latent_loop.storage import Path
 
 
 def table(workdir: Path) -> list[str]:
@@ -104,7 +104,7 @@ def _load(path: epath.Path, names: set[str]) -> dict[str, jax.Array]:
     shapes = ocp.metadata(str(path)).metadata
     state = ocp.load(str(path), jax.tree_util.tree_map_with_path(target, shapes))
   except FAULTS as error:
-    raise Damaged(f'its arrays cannot be read ({manifest.short(error)})') from error
+    raise manifest.unreadable(path, error) from error
   loaded = {name: leaf for name, leaf in content.named(state).items() if name in names}
   if loaded.keys() != names:
     raise Damaged(f'array {sorted(names - loaded.keys())[0]} is missing')

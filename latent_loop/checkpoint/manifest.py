@@ -5,16 +5,19 @@ dtype and checksum of every array, and what the run says about itself. It is wri
 never finished.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
+
+from latent_loop import storage
+from latent_loop.errors import StoreFault
 
 FORMAT = 2  # 1: no manifest, what it says about itself in `meta`; 2: manifest.jsonl
 NAME = 'manifest.jsonl'
@@ -43,17 +46,11 @@ class Manifest:
 
 def write(folder: epath.Path, step: int, about: dict[str, Any], arrays: dict[str, dict[str, str]]) -> None:
   """Hashes every file of the finished step in `folder` and writes its manifest, whole or not at all."""
-  names = sorted(_files_of(folder))
+  names = [name for name in storage.files_below(folder) if not name.startswith(NAME)]
   with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
     files = dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
   body = {'format': FORMAT, 'step': step, 'about': about, 'arrays': arrays, 'files': files}
-  temporary = folder / f'{NAME}.tmp'
-  with temporary.open('wb') as file:
-    file.write(encode(body))
-    file.flush()
-    if '://' not in str(temporary):
-      os.fsync(file.fileno())  # a manifest that a power failure loses would cost the step
-  temporary.replace(folder / NAME)
+  storage.write(folder / NAME, encode(body))
 
 
 def encode(body: dict[str, Any]) -> bytes:
@@ -66,8 +63,8 @@ def read(folder: epath.Path, step: int) -> Manifest:
   path = folder / NAME
   if not path.exists():
     raise Damaged(f'no {NAME}')
-  if path.stat().length > _LARGEST_MANIFEST:
-    raise Damaged(f'{NAME} has {path.stat().length} bytes, more than any manifest')
+  if storage.is_longer(path, _LARGEST_MANIFEST):
+    raise Damaged(f'{NAME} has over {_LARGEST_MANIFEST} bytes, more than any manifest')
   first, _, rest = path.read_bytes().partition(b'\n')
   line = rest.removesuffix(b'\n')
   seal = json.dumps({'sha256': hashlib.sha256(line).hexdigest()}).encode()
@@ -101,12 +98,17 @@ def _check(body: dict[str, Any], step: int) -> Manifest:
 
 def check_sizes(folder: epath.Path, manifest: Manifest) -> None:
   """The part of `check_files` that opens no file."""
-  for name, (size, _) in manifest.files.items():
-    path = folder / name
-    if not path.exists():
-      raise Damaged(f'{name} is missing')
-    if path.stat().length != size:
-      raise Damaged(f'{name} has {path.stat().length} bytes; {size} were saved')
+  with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    checks = pool.map(lambda name: _check_size(folder, name, manifest.files[name][0]), manifest.files)
+    collections.deque(checks, maxlen=0)
+
+
+def _check_size(folder: epath.Path, name: str, size: int) -> None:
+  try:
+    if storage.is_longer(folder / name, size) or (size and not storage.is_longer(folder / name, size - 1)):
+      raise Damaged(f'{name} does not have the {size} bytes that were saved')
+  except FileNotFoundError as error:
+    raise Damaged(f'{name} is missing') from error
 
 
 def check_files(folder: epath.Path, manifest: Manifest) -> None:
@@ -127,17 +129,6 @@ def check_arrays(manifest: Manifest, checksums: dict[str, str]) -> None:
       raise Damaged(f'array {name} does not hold what was saved: its content has checksum {checksum}, not {saved}')
 
 
-def _files_of(folder: epath.Path, prefix: str = '') -> list[str]:
-  """Every file below `folder` but the manifest, by its name from there."""
-  out = []
-  for path in folder.iterdir():
-    if path.is_dir():
-      out += _files_of(path, f'{prefix}{path.name}/')
-    elif prefix or not path.name.startswith(NAME):
-      out.append(prefix + path.name)
-  return out
-
-
 def _hash(path: epath.Path) -> list:
   """[bytes, SHA-256] of a file."""
   digest, size = hashlib.sha256(), 0
@@ -148,6 +139,13 @@ def _hash(path: epath.Path) -> list:
   return [size, digest.hexdigest()]
 
 
+def unreadable(folder: epath.Path, error: Exception) -> Exception:
+  """What to raise when Orbax could not read the arrays of a step whose files are whole: a store may be at fault."""
+  if storage.is_fault(folder, error):
+    return StoreFault(f'{folder}: the store did not read it ({short(error)})')
+  return Damaged(f'its arrays cannot be read ({short(error)})')
+
+
 def short(error: BaseException) -> str:
-  """An error of a library as part of a sentence."""
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+  """An error of a library as part of a sentence; without the answer of a server that TensorStore quotes."""
+  return f'{type(error).__name__}: {" ".join(str(error).partition(" [http")[0].split())[:200]}'

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from latent_loop import textfile, tokenizer
+from latent_loop import storage, tokenizer
 from latent_loop.errors import BadInput
 from latent_loop.interrupt import StopRequest
 from latent_loop.prepare import filters, inputs, merge, units
@@ -112,7 +112,7 @@ def _own(output: Path) -> Iterator[Path]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise BadInput(f'--output={output}: another process prepares this folder; wait for it, or end it') from error
-    for left in [*work.glob(f'*{textfile.TEMPORARY}'), *output.glob(f'*{textfile.TEMPORARY}')]:
+    for left in [*work.glob(f'*{storage.TEMPORARY}'), *output.glob(f'*{storage.TEMPORARY}')]:
       left.unlink()  # of a killed process; it may be what fills the disk
     yield work
 
@@ -214,7 +214,7 @@ def _reasons(counts: dict[str, int]) -> str:
 
 def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Report, merged: list[dict]) -> None:
   output, others = request.output, []
-  textfile.write(output / manifest.FILES, ''.join(json.dumps(line) + '\n' for line in report.lines))
+  storage.write(output / manifest.FILES, ''.join(json.dumps(line) + '\n' for line in report.lines))
   others.append(manifest.FILES)
   if request.tokenizer != 'bytes':
     with settled(output / manifest.TOKENIZER) as temporary:

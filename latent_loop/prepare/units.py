@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_loop import textfile, tokenizer
+from latent_loop import storage, tokenizer
 from latent_loop.errors import BadInput
 from latent_loop.prepare import filters
 from latent_loop.prepare.inputs import Part
@@ -73,7 +73,7 @@ def read_mark(folder: Path, key: str, home: Path) -> dict | None:
 
 def write_mark(folder: Path, key: str, files: list[Path], counts: dict) -> dict:
   mark = {**counts, 'checksums': {file.name: manifest.facts(file) for file in files}}
-  textfile.write(folder / f'{key}.json', json.dumps(mark) + '\n')
+  storage.write(folder / f'{key}.json', json.dumps(mark) + '\n')
   return mark
 
 

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,8 +13,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from latent_loop import textfile  # noqa: E402
+from latent_loop import storage  # noqa: E402
 from latent_loop.metrics import finite  # noqa: E402
+from latent_loop.storage import Path  # noqa: E402
 
 COLUMNS = (
   ('loss_by_depth', 'loss, nats per token', '.4f'),
@@ -40,7 +40,7 @@ def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[st
   paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
   paths[0].write_text(_page(name, numbers, png.getvalue()))
   paths[1].write_bytes(png.getvalue())
-  textfile.write(paths[2], json.dumps(finite(numbers), indent=2) + '\n')  # last: it says that a run is finished
+  storage.write(paths[2], json.dumps(finite(numbers), indent=2) + '\n')  # last: it says that a run is finished
   return paths
 
 

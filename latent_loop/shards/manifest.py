@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latent_loop import textfile
+from latent_loop import storage
 from latent_loop.errors import BadInput
 
 FORMAT = 1
@@ -48,7 +48,7 @@ class Manifest:
 
 def write(folder: Path, body: dict[str, Any]) -> None:
   body = {'format': FORMAT, **body}
-  textfile.write(folder / NAME, json.dumps({'seal': _seal(body), **body}, indent=1) + '\n')
+  storage.write(folder / NAME, json.dumps({'seal': _seal(body), **body}, indent=1) + '\n')
 
 
 def read(folder: Path) -> Manifest:

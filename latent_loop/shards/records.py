@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from latent_loop import textfile
+from latent_loop import storage
 from latent_loop.errors import BadInput
 
 RECORD_TOKENS = 2048
@@ -50,7 +50,7 @@ def settled(path: Path) -> Iterator[Path]:
 
   It is on the disk before it has its name: a mark that says it is whole may outlive a power failure.
   """
-  temporary = path.with_name(f'{path.name}.{os.getpid()}{textfile.TEMPORARY}')
+  temporary = path.with_name(f'{path.name}.{os.getpid()}{storage.TEMPORARY}')
   try:
     yield temporary
     with temporary.open('rb') as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_loop import optional, textfile
+from latent_loop import optional, storage
 from latent_loop.errors import BadInput
 
 BOS, EOS, PAD = '<|begin_text|>', '<|end_text|>', '<|pad|>'
@@ -113,7 +113,7 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
   size = tokenizer.get_vocab_size()
   if size != vocab_size:
     raise BadInput(f'--vocab_size={vocab_size}: the text has pairs for {size} only; ask for {size}, or give more text')
-  textfile.write(path, tokenizer.to_str(pretty=True))
+  storage.write(path, tokenizer.to_str(pretty=True))
   about = {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD, 'chat_template': CHAT_TEMPLATE,
            'tokenizer_class': 'PreTrainedTokenizerFast'}  # fmt: skip
-  textfile.write(path.with_name('tokenizer_config.json'), json.dumps(about, indent=2) + '\n')
+  storage.write(path.with_name('tokenizer_config.json'), json.dumps(about, indent=2) + '\n')

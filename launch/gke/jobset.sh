@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on the TPU slices of a GKE cluster that has JobSet:
 #   bash launch/gke/jobset.sh [--dry_run] --name=NAME --image=IMAGE --accelerator=tpu-v5p-slice --topology=4x4x4 \
-#     --hosts=16 --chips=4 --claim=CLAIM [--slices=2] -- --config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x
-# hosts: per slice. chips: per host. claim: a ReadWriteMany volume, mounted at /mnt/runs. --dry_run prints the
-# manifest and the command, and runs nothing. Build the image with launch/gke/Dockerfile.
+#     --hosts=16 --chips=4 [--claim=CLAIM] [--slices=2] -- --config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x
+# hosts: per slice. chips: per host. claim: a ReadWriteMany volume, mounted at /mnt/runs; not needed when --workdir is
+# gs://BUCKET/FOLDER. --dry_run prints the manifest and the command, and runs nothing. Build the image with launch/gke/Dockerfile.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-for key in name image accelerator topology hosts chips claim; do
+for key in name image accelerator topology hosts chips; do
   if [ -z "${!key}" ] || [ $# -eq 0 ]; then
     echo "error: --$key and the training's flags behind -- are needed; see the top of $0" >&2
     exit 2
@@ -35,6 +35,7 @@ for flag in "$@"; do # as YAML strings: a single quote inside is doubled
   flags+="${flags:+, }'${flag//\'/\'\'}'"
 done
 manifest=$(<launch/gke/jobset.yaml)
+[ -n "$claim" ] || manifest=${manifest%$'\n'*volumeMounts:*} # they are the last lines
 for key in name image accelerator topology hosts chips claim slices flags; do
   manifest=${manifest//"@$(printf %s "$key" | tr a-z A-Z)@"/"${!key}"}
 done
