@@ -138,11 +138,12 @@ def sample(
       raise BadInput(f'{flag}={value} is out of range; give a number from {low} to {_LARGEST}')
   if not (math.isfinite(temperature) and temperature >= 0):
     raise BadInput(f'--temperature={temperature}: not a number from 0 (greedy) up; 0.7 is usual')
-  tokenizer = data.make_tokenizer(trained.config.data)
   try:
-    encoded = [[tokenizer.bos, *tokens] for tokens in tokenizer.encode(prompts)]
+    ''.join(prompts).encode('utf-8')
   except UnicodeEncodeError as error:
     raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
+  tokenizer = data.make_tokenizer(trained.config.data)
+  encoded = [[tokenizer.bos, *tokens] for tokens in tokenizer.encode(prompts)]
   width = max(map(len, encoded)) + new_tokens
   tokens = jax.numpy.array([row + [tokenizer.pad] * (width - len(row)) for row in encoded])
   lengths = jax.numpy.array([len(row) for row in encoded])
