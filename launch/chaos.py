@@ -19,7 +19,7 @@ _COUNT = flags.DEFINE_integer(
 )
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one
-_ONLY = flags.DEFINE_integer('only', None, 'inputs: try only that of this number, and show what it prints')
+_ONLY = flags.DEFINE_integer('only', None, 'inputs: of the same --count and --seed, only this one, and what it prints')
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
 
 

@@ -219,6 +219,11 @@ def test_inputs_are_drawn_alike_by_seed_and_each_kind_has_its_share():
   assert {one.kind for one in first} == set(drawn.KINDS) and 20 <= len(first) < 20 + len(drawn.KINDS)
 
 
+def test_an_input_gets_the_files_that_it_names():
+  one = Input('x', 'train', ('--dry_run', '--workdir=stopped'), (Edit('golden/config.json', 'flip', 0, ''),))
+  assert inputs.names_used([one]) == {drawn.STOPPED, drawn.GOLDEN}
+
+
 def test_every_key_of_the_config_is_drawn_from():
   names = {key for key, _ in drawn.keys()}
   assert {'model.width', 'guard.max_loss', 'optim.no_decay', 'name', 'mesh'} <= names

@@ -77,7 +77,8 @@ class Trials:
 def names_used(inputs: list[Input]) -> set[str]:
   """Which of the files and folders that inputs are about these name."""
   texts = [text for one in inputs for text in (*one.args, *(edit.file for edit in one.edits))]
-  return {name for name in drawn.NAMES if any(name in text for text in texts)}
+  word = {name: re.compile(rf'\b{re.escape(name)}\b') for name in drawn.NAMES}  # `run` is not in --dry_run
+  return {name for name in drawn.NAMES if any(word[name].search(text) for text in texts)}
 
 
 def make_pristine(here: Path, programs: Programs, names: set[str]) -> None:
