@@ -94,7 +94,7 @@ def _unroll(
   (last_BTD, _), (*seen, states_RTD) = jax.lax.scan(visit, (s_BTD, memory), length=depth)
   late_TD = model.advance(params, last_BTD, e_BTD, rows, depth)[0].astype(jnp.float32)
   states_STD = jnp.concatenate([s_BTD, states_RTD]).astype(jnp.float32)
-  return Lens(*seen, jnp.linalg.norm(states_STD[1:] - late_TD, axis=-1), states_STD)
+  return Lens(*seen, jnp.linalg.norm(states_STD[1:] - late_TD[None], axis=-1), states_STD)
 
 
 def exit_steps(kl_RT: np.ndarray, threshold: float = THRESHOLD) -> list[int | None]:

@@ -2,9 +2,10 @@
 // Everything is drawn from the numbers in the page; `chosen` is the cell that was clicked or stepped to.
 const data = JSON.parse(document.getElementById('numbers').textContent);
 const T = data.tokens.length, R = data.depth;
+const FIRST = 4;  // columns before those of the iterations
 const grid = document.getElementById('grid'), detail = document.getElementById('detail');
-const slider = document.getElementById('token');
-const cells = [...grid.tBodies[0].rows].map(row => [...row.cells].slice(2, 2 + R));
+const slider = document.getElementById('token'), start = document.getElementById('start');
+const cells = [...grid.tBodies[0].rows].map(row => [...row.cells].slice(FIRST));
 const chosen = {t: T - 1, i: Math.min(data.mean_depth, R) - 1};
 
 const make = (name, content = '', attributes = {}) => {
@@ -76,7 +77,7 @@ function choose(t, i, focus) {
   drawPaths();
 }
 
-const place = cell => cell?.matches?.('td[style]') ? [cell.parentNode.sectionRowIndex, cell.cellIndex - 2] : null;
+const place = cell => cell?.matches?.('td[style]') ? [cell.parentNode.sectionRowIndex, cell.cellIndex - FIRST] : null;
 grid.addEventListener('click', event => { const at = place(event.target); if (at) choose(...at, true); });
 grid.addEventListener('pointerover', event => { const at = place(event.target); if (at) show(...at); });
 grid.addEventListener('pointerleave', () => show(chosen.t, chosen.i));
@@ -152,7 +153,8 @@ const shape = (name, attributes, content = '') => {
   return node;
 };
 function panel(a, b) {
-  const size = 300, edge = 26, points = data.coordinates[chosen.t].map(s => [s[a], s[b]]);
+  const size = 300, edge = 26, first = Number(start.value);
+  const points = data.coordinates[chosen.t].slice(first).map(s => [s[a], s[b]]);
   const ends = axis => [Math.min(...points.map(p => p[axis])), Math.max(...points.map(p => p[axis]))];
   const [x, y] = [ends(0), ends(1)], span = Math.max(x[1] - x[0], y[1] - y[0]) || 1;  // one unit for both axes
   const at = p => [[p[0], x], [p[1], y]].map(([v, [low, high]], axis) => {
@@ -163,13 +165,19 @@ function panel(a, b) {
   const svg = shape('svg', {viewBox: `0 0 ${size} ${size}`, role: 'img'});
   svg.append(shape('title', {}, `Path of the states in directions ${a + 1} and ${b + 1}`));
   const places = points.map(at), style = {stroke: 'var(--ink)', fill: 'none'};
-  for (let i = 1; i < places.length; i++) {
-    const [[x1, y1], [x2, y2]] = [places[i - 1], places[i]];
-    svg.append(shape('line', {x1, y1, x2, y2, ...style, 'stroke-width': 1.5, 'stroke-opacity': .25 + .75 * i / R}));
+  const depth = k => .25 + .75 * (first + k) / R;
+  for (let k = 1; k < places.length; k++) {
+    const [[x1, y1], [x2, y2]] = [places[k - 1], places[k]];
+    svg.append(shape('line', {x1, y1, x2, y2, ...style, 'stroke-width': 1.5, 'stroke-opacity': depth(k)}));
   }
-  places.forEach(([cx, cy], i) => svg.append(shape('circle', {cx, cy, r: i === 0 ? 5 : i === R ? 4.5 : 2, ...(i ? {fill: 'var(--ink)', 'fill-opacity': .25 + .75 * i / R} : style)})));
-  const [cx, cy] = places[chosen.i + 1];
-  svg.append(shape('circle', {cx, cy, r: 7, fill: 'none', stroke: 'var(--mark)', 'stroke-width': 2}));
+  places.forEach(([cx, cy], k) => {
+    const filled = {fill: 'var(--ink)', 'fill-opacity': depth(k), r: first + k === R ? 4.5 : 2};
+    svg.append(shape('circle', {cx, cy, ...(k ? filled : {...style, r: 5})}));
+  });
+  if (chosen.i + 1 >= first) {
+    const [cx, cy] = places[chosen.i + 1 - first];
+    svg.append(shape('circle', {cx, cy, r: 7, fill: 'none', stroke: 'var(--mark)', 'stroke-width': 2}));
+  }
   const words = {fill: 'var(--soft)', 'font-size': 11, 'text-anchor': 'middle'};
   svg.append(shape('text', {x: size / 2, y: size - 6, ...words}, percent(a)));
   svg.append(shape('text', {x: 12, y: size / 2, ...words, transform: `rotate(-90 12 ${size / 2})`}, percent(b)));
@@ -180,13 +188,16 @@ function drawPaths() {
   const box = document.getElementById('panels');
   box.replaceChildren(...pairs.map(pair => { const figure = make('figure'); figure.append(panel(...pair)); return figure; }));
   if (!pairs.length) box.append(make('p', 'The states are not finite, so they have no principal directions.'));
-  document.getElementById('chosen').textContent = `${chosen.t} ${data.prompt_labels[chosen.t]}: ${data.motion[chosen.t]}; orange ring: iteration ${chosen.i + 1}`;
+  document.getElementById('chosen').textContent = `${chosen.t} ${data.prompt_labels[chosen.t]}: ${data.motion[chosen.t]}`;
+  document.getElementById('started').textContent = start.value;
 }
 
 document.body.classList.add('live');
 grid.setAttribute('role', 'grid');
 cells.flat().forEach(cell => { cell.tabIndex = -1; });
 slider.max = T - 1;
+start.max = R - 1;
+start.addEventListener('input', drawPaths);
 slider.addEventListener('input', () => choose(Number(slider.value), chosen.i));
 document.getElementById('shade').addEventListener('change', shade);
 addEventListener('resize', drawMaps);

@@ -68,9 +68,9 @@ def _plain(label: str) -> str:
 def _table(numbers: dict[str, Any]) -> str:
   """Tokens down, iterations across, in each cell the likeliest next token."""
   steps = ''.join(f'<th scope="col">{i + 1}</th>' for i in range(numbers['depth']))
-  head = f'<tr><th scope="col">read</th><th scope="col">then</th>{steps}<th scope="col">exit</th>'
+  head = '<tr><th scope="col">read</th><th scope="col">then</th>'
   rows = ''.join(_row(numbers, t) for t in range(len(numbers['tokens'])))
-  return f'<thead>{head}<th scope="col">states</th></tr></thead><tbody>{rows}</tbody>'
+  return f'<thead>{head}<th scope="col">exit</th><th scope="col">states</th>{steps}</tr></thead><tbody>{rows}</tbody>'
 
 
 def _row(numbers: dict[str, Any], t: int) -> str:
@@ -84,6 +84,6 @@ def _row(numbers: dict[str, Any], t: int) -> str:
     cells.append(f'<td{kinds} style="--v:{shade}">{html.escape(labels[str(best[0])])}</td>')
   then = '' if follows is None else html.escape(shown[t + 1])
   return (
-    f'<tr><th scope="row"><i>{t}</i> {html.escape(shown[t])}</th><td class="then">{then}</td>{"".join(cells)}'
-    f'<td class="end">{leaves or "never"}</td><td class="end">{numbers["motion"][t]}</td></tr>\n'
+    f'<tr><th scope="row"><i>{t}</i> {html.escape(shown[t])}</th><td>{then}</td><td>{leaves or "never"}</td>'
+    f'<td>{numbers["motion"][t]}</td>{"".join(cells)}</tr>\n'
   )
