@@ -73,7 +73,7 @@ function choose(t, i, focus) {
   if (focus) cell.focus();
   slider.value = t;
   show(t, i);
-  drawMaps();
+  mark();
   drawPaths();
 }
 
@@ -95,6 +95,8 @@ grid.addEventListener('keydown', event => {
 
 // The maps: tokens down, iterations across, as in the table.
 const MARGIN = 58, ROW = Math.max(3, Math.min(14, Math.floor(480 / T)));
+const canvases = document.querySelectorAll('canvas');
+const columnOf = canvas => (canvas.clientWidth - MARGIN) / R;
 const color = name => {
   const probe = document.body.appendChild(make('i', '', {style: `color:var(${name})`}));
   const value = getComputedStyle(probe).color;
@@ -102,10 +104,11 @@ const color = name => {
   return value;
 };
 function drawMaps() {
-  const [ink, text, soft, mark] = ['--ink', '--text', '--soft', '--mark'].map(color);
-  for (const canvas of document.querySelectorAll('canvas')) {
+  const [ink, soft, orange] = ['--ink', '--soft', '--mark'].map(color);
+  for (const canvas of canvases) {
     const q = quantities[canvas.dataset.map], width = canvas.clientWidth, dense = window.devicePixelRatio || 1;
-    const column = (width - MARGIN) / R, height = T * ROW + 16;
+    const column = columnOf(canvas), height = T * ROW + 16;
+    const left = i => Math.round((MARGIN + i * column) * dense) / dense;  // whole pixels: no seams
     Object.assign(canvas, {width: width * dense, height: height * dense});
     canvas.style.height = `${height}px`;
     const pen = canvas.getContext('2d');
@@ -114,31 +117,41 @@ function drawMaps() {
     pen.fillStyle = ink;
     q.of.forEach((row, t) => row.forEach((x, i) => {
       pen.globalAlpha = q.shade(x);
-      pen.fillRect(MARGIN + i * column, t * ROW, column + .5, ROW);
+      pen.fillRect(left(i), t * ROW, left(i + 1) - left(i), ROW);
     }));
     pen.globalAlpha = 1;
     pen.textBaseline = 'middle';
+    pen.fillStyle = soft;
     const every = Math.ceil(11 / ROW);
     data.prompt_labels.forEach((name, t) => {
-      pen.fillStyle = t === chosen.t ? text : soft;
       if (t % every === 0) pen.fillText(`${t} ${name}`, 0, t * ROW + ROW / 2, MARGIN - 4);
     });
-    pen.fillStyle = soft;
     const ticks = [1, ...[.25, .5, .75, 1].map(part => Math.round(part * R))];
     for (const step of new Set(ticks)) pen.fillText(step, MARGIN + (step - 1) * column + Math.min(column / 4, 4) - (step === R ? 4 : 0), T * ROW + 9);
-    const frame = (t, i, style) => { pen.strokeStyle = style; pen.strokeRect(MARGIN + i * column + .5, t * ROW + .5, Math.max(column - 1, 2), ROW - 1); };
-    if (canvas.dataset.map === 'kl') data.exit.forEach((step, t) => { if (step) frame(t, step - 1, mark); });
-    pen.lineWidth = 2;
-    frame(chosen.t, chosen.i, text);
+    if (canvas.dataset.map !== 'kl') continue;
+    pen.strokeStyle = orange;
+    data.exit.forEach((step, t) => {
+      if (step) pen.strokeRect(left(step - 1) + .5, t * ROW + .5, Math.max(column - 1, 2), ROW - 1);
+    });
+  }
+  mark();
+}
+function mark() {
+  for (const canvas of canvases) {
+    const column = columnOf(canvas), box = canvas.nextElementSibling.style;
+    box.left = `${MARGIN + chosen.i * column}px`;
+    box.top = `${chosen.t * ROW}px`;
+    box.width = `${Math.max(column, 2)}px`;
+    box.height = `${ROW}px`;
   }
 }
-for (const canvas of document.querySelectorAll('canvas')) {
-  const caption = canvas.nextElementSibling;
+for (const canvas of canvases) {
+  const caption = canvas.parentNode.nextElementSibling;
   caption.querySelector('span').replaceChildren(...scale(quantities[canvas.dataset.map]));
   canvas.setAttribute('role', 'img');
   canvas.setAttribute('aria-label', caption.textContent);
   canvas.addEventListener('click', event => {
-    const column = (canvas.clientWidth - MARGIN) / R;
+    const column = columnOf(canvas);
     const t = Math.floor(event.offsetY / ROW), i = Math.floor((event.offsetX - MARGIN) / column);
     if (t >= 0 && t < T && i >= 0 && i < R) choose(t, i);
   });
@@ -203,4 +216,5 @@ document.getElementById('shade').addEventListener('change', shade);
 addEventListener('resize', drawMaps);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawMaps);
 shade();
+drawMaps();
 choose(chosen.t, chosen.i);
