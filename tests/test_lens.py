@@ -21,7 +21,7 @@ from tests.tiny import random_params, tiny_model
 
 PROMPT, R = '</script>\u00e9 <b>', 7
 T = 16  # tokens: the first and the bytes of PROMPT
-LENS_ABOUT = {'name': 'a<b', 'step': 4, 'mean_depth': 3}
+ABOUT = {'name': 'a</script>', 'step': 4, 'mean_depth': 3}
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def seen(given):
 
 @pytest.fixture(scope='module')
 def numbers(given, seen):
-  return lens.summarize(seen, given[2], LENS_ABOUT)
+  return lens.summarize(seen, given[2], ABOUT)
 
 
 def test_the_last_row_is_a_plain_forward_pass(given, seen):
@@ -143,7 +143,7 @@ def test_the_table_and_the_numbers_of_the_page_are_whole(numbers, tmp_path):
   page.write(tmp_path / 'lens.html', numbers)
   text = (tmp_path / 'lens.html').read_text()
   assert text.count('<td') == T * (R + 3) and text.count('<tr>') == T + 1
-  assert text.count('</script>') == 2 and '<title>Latent lens: a&lt;b</title>' in text and '{{' not in text
+  assert text.count('</script>') == 2 and '<title>Latent lens: a&lt;/script&gt;</title>' in text and '{{' not in text
   assert not re.search(r'(src|href)=|https?://(?!www\.w3\.org/2000/svg)', text)
   inside = json.loads(text.split('id="numbers">')[1].split('</script>')[0])
   assert inside['tokens'] == numbers['tokens'] and len(inside['coordinates'][T - 1]) == R + 1
@@ -153,7 +153,7 @@ def test_the_table_and_the_numbers_of_the_page_are_whole(numbers, tmp_path):
 def test_numbers_that_are_not_finite_still_make_a_page(given, seen, tmp_path):
   """The page is needed most when a model is broken."""
   broken = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == 'f' else x, seen)
-  numbers = lens.summarize(broken, given[2], LENS_ABOUT)
+  numbers = lens.summarize(broken, given[2], ABOUT)
   page.write(tmp_path / 'lens.html', numbers)
   assert 'NaN' not in (tmp_path / 'lens.html').read_text() and numbers['exit'] == [None] * T
   assert '16 not finite' in page.summary(numbers)
@@ -213,22 +213,28 @@ def test_the_page_draws_what_it_has_and_asks_for_nothing_else(browser, numbers, 
   np.testing.assert_allclose(shading(), np.array(numbers['top_p'])[..., 0], atol=2e-3)
   browser.execute_script(choose, 'entropy')
   np.testing.assert_allclose(shading(), np.array(numbers['entropy']) / np.max(numbers['entropy']), atol=2e-3)
-  pixels = """return [...document.querySelectorAll('canvas')].map(c =>
-    new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 === 3)).size)"""
-  assert all(kinds > 10 for kinds in browser.execute_script(pixels))  # opacities: each canvas is shaded
+  assert browser.get_log('browser') == []  # no error, nothing refused by the page's own policy
+  opacities = """return cells.map((row, t) => row.map((_, i) => {
+    const c = document.querySelector(`canvas[data-map=${arguments[0]}]`), dense = c.width / c.clientWidth;
+    const [x, y] = [MARGIN + (i + .5) * columnOf(c), (t + .5) * ROW];
+    return c.getContext('2d').getImageData(x * dense, y * dense, 1, 1).data[3] / 255;
+  }))"""
+  for name in ('kl', 'distance'):
+    heights = np.log10(np.maximum(numbers[name], 1e-8))
+    want = (heights - heights.min()) / np.ptp(heights)
+    np.testing.assert_allclose(browser.execute_script(opacities, name), want, atol=0.01, err_msg=name)
   background = 'return getComputedStyle(document.body).backgroundColor'
   light = browser.execute_script(background)
   dark = {'features': [{'name': 'prefers-color-scheme', 'value': 'dark'}]}
   browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dark)
   assert browser.execute_script(background) != light == 'rgb(255, 255, 255)'
   assert browser.execute_script('return performance.getEntriesByType("resource").length') == 0
-  assert browser.get_log('browser') == []  # no error, nothing refused by the page's own policy
 
 
 @pytest.mark.slow
 def test_a_page_of_a_broken_model_says_so_and_works(browser, given, seen, tmp_path):
   broken = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == 'f' else x, seen)
-  page.write(tmp_path / 'lens.html', lens.summarize(broken, given[2], LENS_ABOUT))
+  page.write(tmp_path / 'lens.html', lens.summarize(broken, given[2], ABOUT))
   browser.get((tmp_path / 'lens.html').as_uri())
   assert 'not finite' in browser.find_element('id', 'detail').text
   assert 'no principal directions' in browser.find_element('id', 'panels').text
