@@ -178,6 +178,10 @@ def browser():
   driver.quit()
 
 
+def errors(browser) -> list[str]:
+  return [entry['message'] for entry in browser.get_log('browser') if entry['level'] == 'SEVERE']
+
+
 @pytest.mark.slow
 def test_the_page_answers_to_mouse_and_keys(browser, numbers, tmp_path):
   from selenium.webdriver import ActionChains, Keys
@@ -213,7 +217,7 @@ def test_the_page_draws_what_it_has_and_asks_for_nothing_else(browser, numbers, 
   np.testing.assert_allclose(shading(), np.array(numbers['top_p'])[..., 0], atol=2e-3)
   browser.execute_script(choose, 'entropy')
   np.testing.assert_allclose(shading(), np.array(numbers['entropy']) / np.max(numbers['entropy']), atol=2e-3)
-  assert browser.get_log('browser') == []  # no error, nothing refused by the page's own policy
+  assert errors(browser) == []  # none in the script, nothing refused by the page's own policy
   opacities = """return cells.map((row, t) => row.map((_, i) => {
     const c = document.querySelector(`canvas[data-map=${arguments[0]}]`), dense = c.width / c.clientWidth;
     const [x, y] = [MARGIN + (i + .5) * columnOf(c), (t + .5) * ROW];
@@ -238,4 +242,4 @@ def test_a_page_of_a_broken_model_says_so_and_works(browser, given, seen, tmp_pa
   browser.get((tmp_path / 'lens.html').as_uri())
   assert 'not finite' in browser.find_element('id', 'detail').text
   assert 'no principal directions' in browser.find_element('id', 'panels').text
-  assert browser.get_log('browser') == []
+  assert errors(browser) == []
