@@ -40,6 +40,8 @@ def finite(values: Any) -> Any:
   """`values` with None for every number that JSON cannot write."""
   if isinstance(values, dict):
     return {name: finite(value) for name, value in values.items()}
+  if isinstance(values, list):
+    return [finite(value) for value in values]
   return None if isinstance(values, float) and not math.isfinite(values) else values
 
 

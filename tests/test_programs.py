@@ -93,6 +93,8 @@ def copy(finished, tmp_path) -> Path:
     ('train', [TEXT, '--config.train.num_steps=4'], 'warm-up and cooldown take 21 steps'),
     slow('train', [TEXT, '--workdir=/dev/null/x'], '--workdir=/dev/null/x cannot be used'),
     slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
+    ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
+    ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
   ],
@@ -239,7 +241,7 @@ def test_a_finished_run_says_so(finished, capsys):
 
 
 @pytest.mark.slow
-def test_evaluate_and_generate(copy):
+def test_evaluate_generate_and_lens(copy):
   result = launch('evaluate', 'depths', f'--workdir={copy}', '--depths=3', '--depths=2')
   assert result.returncode == 0, result.stderr
   report = json.loads((copy / 'depth_report.json').read_text())
@@ -248,6 +250,9 @@ def test_evaluate_and_generate(copy):
     'generate', f'--workdir={copy}', '--prompt=1+1=', '--max_new_tokens=3', '--temperature=1', '--depth=2'
   )
   assert result.returncode == 0 and result.stdout.startswith('1+1=')
+  result = launch('lens', f'--workdir={copy}', '--prompt=1+1=', f'--output={copy}/lens.html', devices=2)
+  assert result.returncode == 0 and 'of 24 iterations on average' in result.stdout, result.stderr
+  assert (copy / 'lens.html').read_text().startswith('<!doctype html>')
 
 
 def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
