@@ -16,6 +16,7 @@ from latent_loop.inference.engine import Request, asks_of
 from latent_loop.inference.text import request_of
 from latent_loop.model.layers import Rows
 from latent_loop.report import lens as page
+from latent_loop.tokenizer import Bytes
 from latent_loop.tokenizer import utf8 as tokenizer
 from tests.tiny import random_params, tiny_model
 
@@ -28,7 +29,7 @@ ABOUT = {'name': 'a</script>', 'step': 4, 'mean_depth': 3}
 def given():
   """(model, params, request)."""
   model = tiny_model(**{'model.vocab_size': tokenizer.VOCAB_SIZE})
-  return model, jax.tree.map(jnp.asarray, random_params(model)), request_of(PROMPT, depth=R, seed=3)
+  return model, jax.tree.map(jnp.asarray, random_params(model)), request_of(Bytes(), PROMPT, depth=R, seed=3)
 
 
 @pytest.fixture(scope='module')
@@ -128,7 +129,7 @@ def test_tokens_are_readable():
 def test_what_no_page_can_show_is_a_sentence(given):
   model, params, request = given
   refused = {
-    'it is empty': request_of('', depth=2),
+    'it is empty': request_of(Bytes(), '', depth=2),
     '513 tokens and a page shows 512; shorten': Request((1,) * 513, 2),
     'give --depth=128 or less': Request((1,) * 512, 129),
     '264 tokens and does not know 264': Request((1, 264), 2),
