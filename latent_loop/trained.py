@@ -150,8 +150,9 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
   return depth_report.write(workdir, trained.config.name, numbers, curve)
 
 
-def engine_of(trained: Trained, cache: str = 'full') -> Engine:
-  return Engine(trained.model, trained.params, trained.mesh, cache)
+def engine_of(trained: Trained, cache: str = 'full', **options: Any) -> Engine:
+  """Options as in Engine; raises BadInput."""
+  return Engine(trained.model, trained.params, trained.mesh, cache, **options)
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:

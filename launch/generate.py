@@ -24,6 +24,9 @@ _EXIT = flags.DEFINE_string(
 )
 _DEPTH = flags.DEFINE_integer('depth', None, 'iterations of the core per token; default: the mean depth in training')
 _WARM = flags.DEFINE_bool('warm_start', False, 'a token starts from the state of the one before')
+_SPECULATE = flags.DEFINE_string(
+  'speculate', None, 'DRAFT:LOOKAHEAD, such as 4:8: draft 8 tokens with 4 iterations each, verify them together'
+)
 _STOP = flags.DEFINE_multi_string('stop', [], 'text that ends an answer; may be repeated')
 _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 = greedy')
@@ -45,7 +48,7 @@ def main() -> int:
 
   model = trained.load(workdir)
   requests = [_request(one, model.config.depth.mean) for one in asked]
-  engine = trained.engine_of(model, _CACHE.value)
+  engine = trained.engine_of(model, _CACHE.value, speculate=_draft())
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
     _answer_in_json(engine, asked, requests)
@@ -69,6 +72,12 @@ def _prompts() -> list[str]:
     return path.read_text(encoding='utf-8').splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
+
+
+def _draft():
+  from latent_loop.inference.speculate import Draft
+
+  return None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value)
 
 
 def _options() -> dict:
@@ -121,7 +130,15 @@ def _request(one: dict, mean_depth: int):
 def _texts(engine, requests) -> list[str]:
   from latent_loop.inference.text import text_of
 
-  return [text_of(answer, tuple(_STOP.value))[0] for answer in engine.answer(requests)]
+  answers = engine.answer(requests)
+  _say_accepted(answers)
+  return [text_of(answer, tuple(_STOP.value))[0] for answer in answers]
+
+
+def _say_accepted(answers) -> None:
+  drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
+  if drafts:
+    print(f'accepted {accepted} of {drafts} drafted tokens ({accepted / drafts:.0%})', file=sys.stderr)
 
 
 def _type(engine, prompt: str, requests) -> None:
@@ -138,6 +155,7 @@ def _type(engine, prompt: str, requests) -> None:
     if finish:
       break
   print(flush=True)
+  _say_accepted([answer])
 
 
 def _answer_in_json(engine, asked, requests) -> None:

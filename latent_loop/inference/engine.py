@@ -19,6 +19,7 @@ from latent_loop.inference.continuous import fly, take_off
 from latent_loop.inference.decode import NO_TOKEN, Asks, Decoding, begin, go_on
 from latent_loop.inference.exits import Exits
 from latent_loop.inference.sampling import Sampling
+from latent_loop.inference.speculate import Draft, Speculation, leap
 from latent_loop.model import Model, Params, build
 
 _SMALLEST = 16  # columns of a shape class, at least
@@ -125,13 +126,16 @@ class Request:
 class Answer:
   """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token.
 
-  finish: 'stop', 'length', or None while more may come.
+  finish: 'stop', 'length', or None while more may come. drafts, accepted: tokens drafted, and those of them that full
+  depth accepted, where the engine speculates.
   """
 
   tokens: list[int]
   log_probs: list[float]
   depths: list[int]
   finish: str | None
+  drafts: int = 0
+  accepted: int = 0
 
 
 def asks_of(requests: list[Request]) -> Asks:
@@ -167,12 +171,12 @@ def _round_up(number: int, smallest: int = _SMALLEST) -> int:
 class Engine:
   """A model ready to answer, on the devices of `mesh`."""
 
-  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full'):
-    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput."""
+  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full', speculate: Draft | None = None):
+    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput. speculate: how `answer` and `stream` draft."""
     parse_cache(cache, 1)
     # Rematerialization serves a backward pass only, and blocks under it cannot hand out their buffers.
     self.model = build(dataclasses.replace(model.cfg, remat='none'), model.depth)
-    self.mesh, self.cache = mesh, cache
+    self.mesh, self.cache, self.speculate = mesh, cache, speculate
     with jax.set_mesh(mesh):
       self.params = jax.jit(model.cast)(params)
 
@@ -182,14 +186,31 @@ class Engine:
     return last
 
   def stream(self, requests: list[Request], every: int = 1) -> Iterator[list[Answer]]:
-    """The answers so far, after the first token and then after every `every` more."""
+    """The answers so far, after the first token and then after every `every` more, or as many rounds of speculation."""
     asks, slots = asks_of(requests), self._class_of(requests)[0]
+    if self.speculate is not None:
+      yield from self._speculate(self.speculate, requests, asks, slots, every)
+      return
     with jax.set_mesh(self.mesh):
       decoding = self._begin(requests, asks)
       yield _answers(decoding, requests)
       while np.any(jax.device_get(decoding.running_B)):
         decoding = go_on(self.model, self.params, decoding, asks, np.int32(every), slots=slots)
         yield _answers(decoding, requests)
+
+  def _speculate(self, draft: Draft, requests: list[Request], asks: Asks, slots: Slots, every: int):
+    """`stream` by drafts."""
+    numbers, turns = np.int32(draft.iterations), np.int32(every)
+    with jax.set_mesh(self.mesh):
+      this = Speculation.of(self._begin(requests, asks))
+      yield _answers(this.decoding, requests)
+      while np.any(jax.device_get(this.decoding.running_B)):
+        this = leap(self.model, self.params, this, asks, numbers, turns, slots=slots, lookahead=draft.lookahead)
+        rounds_B, accepted_B = jax.device_get([this.rounds_B, this.accepted_B])
+        yield [
+          dataclasses.replace(answer, drafts=int(rounds) * draft.lookahead, accepted=int(accepted))
+          for answer, rounds, accepted in zip(_answers(this.decoding, requests), rounds_B, accepted_B, strict=True)
+        ]
 
   def answer_flying(self, requests: list[Request], window: int) -> list[Answer]:
     """The same answers by continuous depth batching; `window` rows at a time start their next token."""
@@ -214,7 +235,7 @@ class Engine:
     return cache_bytes(self.model.cfg, slots, len(requests), width + new)
 
   def _class_of(self, requests: list[Request]) -> tuple[Slots, int, int]:
-    """(slots, columns for prompts, columns for new tokens); raises BadInput for a token the model does not know."""
+    """(slots, columns for prompts, columns for new tokens); raises BadInput for what this engine cannot answer."""
     _require(bool(requests), '--prompt: no prompt given; give at least one')
     for request in requests:
       low, high, vocab_size = min(request.tokens), max(request.tokens), self.model.cfg.vocab_size
@@ -222,7 +243,18 @@ class Engine:
         0 <= low and high < vocab_size,
         f'a prompt has token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}, use its own tokenizer',
       )
-    slots = parse_cache(self.cache, max(r.depth for r in requests))
+    depth = max(r.depth for r in requests)
+    slots = parse_cache(self.cache, depth)
+    if self.speculate is not None:
+      _require(
+        all(r.exit.kind == 'none' and not r.warm_start for r in requests),
+        '--speculate verifies drafts at a fixed depth, from states of their own; leave out --exit and --warm_start',
+      )
+      _require(
+        slots.count == depth,
+        f'--speculate with --cache={self.cache}: a draft is exact only where each iteration has its own slot; use '
+        '--cache=full',
+      )
     return slots, _round_up(max(len(r.tokens) for r in requests)), _round_up(max(r.max_new_tokens for r in requests))
 
 
