@@ -27,6 +27,7 @@ _WARM = flags.DEFINE_bool('warm_start', False, 'a token starts from the state of
 _SPECULATE = flags.DEFINE_string(
   'speculate', None, 'DRAFT:LOOKAHEAD, such as 4:8: draft 8 tokens with 4 iterations each, verify them together'
 )
+_PARALLEL = flags.DEFINE_bool('parallel', False, 'decode a wavefront of positions together; --cache is then ring:1')
 _STOP = flags.DEFINE_multi_string('stop', [], 'text that ends an answer; may be repeated')
 _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 = greedy')
@@ -48,7 +49,7 @@ def main() -> int:
 
   model = trained.load(workdir)
   requests = [_request(one, model.config.depth.mean) for one in asked]
-  engine = trained.engine_of(model, _CACHE.value, speculate=_draft())
+  engine = trained.engine_of(model, **_way())
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
     _answer_in_json(engine, asked, requests)
@@ -74,10 +75,16 @@ def _prompts() -> list[str]:
     raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
 
 
-def _draft():
+def _way() -> dict:
+  """The engine's options."""
   from latent_loop.inference.speculate import Draft
+  from latent_loop.inference.wavefront import Wavefront
 
-  return None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value)
+  return {
+    'cache': 'ring:1' if _PARALLEL.value and not _CACHE.present else _CACHE.value,
+    'speculate': None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value),
+    'wavefront': Wavefront() if _PARALLEL.value else None,
+  }
 
 
 def _options() -> dict:

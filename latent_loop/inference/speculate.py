@@ -48,11 +48,15 @@ class Draft:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-  """rounds_B, accepted_B: drafts made by each row, and how many of their tokens were taken."""
+  """drafts_B, accepted_B: tokens drafted for each row, and how many of them were accepted."""
 
   decoding: Decoding
-  rounds_B: jax.Array
+  drafts_B: jax.Array
   accepted_B: jax.Array
+
+  @property
+  def counts(self) -> dict[str, jax.Array]:
+    return {'drafts': self.drafts_B, 'accepted': self.accepted_B}
 
   @staticmethod
   def of(decoding: Decoding) -> 'Speculation':
@@ -97,8 +101,8 @@ def leap(
     i, now = loop
     running_B = now.decoding.running_B
     decoding, accepted_B = _round(model, params, now.decoding, asks, iterations, slots, lookahead)
-    rounds_B = now.rounds_B + running_B
-    return i + 1, Speculation(decoding, rounds_B, now.accepted_B + jnp.where(running_B, accepted_B, 0))
+    gained = jnp.where(running_B, lookahead, 0), jnp.where(running_B, accepted_B, 0)
+    return i + 1, Speculation(decoding, now.drafts_B + gained[0], now.accepted_B + gained[1])
 
   runs = lambda loop: (loop[0] < rounds) & jnp.any(loop[1].decoding.running_B)
   return jax.lax.while_loop(runs, body, (0, speculation))[1]
