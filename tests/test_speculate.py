@@ -78,6 +78,7 @@ def test_speculative_greedy_is_plain_greedy(drafting, greedy, iterations):
     assert 0 < sum(a.accepted for a in got) < sum(a.drafts for a in got)
 
 
+@pytest.mark.slow  # two programs more to compile
 def test_one_row_alone_is_plain_greedy(drafting, greedy):
   requests, want = greedy
   assert_same(drafting(2).answer(requests[:1]), want[:1])
@@ -99,6 +100,7 @@ def rules():
   return lambda first: [dataclasses.replace((one, other)[i % 2], seed=first + i) for i in range(MANY)]
 
 
+@pytest.mark.slow  # three programs more to compile
 def test_sampled_speculation_passes_a_chi_square_test_against_plain_sampling(plain, drafting, rules):
   """Joint counts of the three tokens behind the first, which drafts, replacements and bonus tokens all make."""
   want, got = plain.answer(rules(0)), drafting(1).answer(rules(MANY))

@@ -9,9 +9,9 @@ import pytest
 
 from latent_loop.benchmark import Compiles
 from latent_loop.errors import BadInput
-from latent_loop.inference.engine import Engine, ExitRule, Request
+from latent_loop.inference.engine import Engine, ExitRule, Request, asks_of
 from latent_loop.inference.speculate import Draft
-from latent_loop.inference.wavefront import Wavefront
+from latent_loop.inference.wavefront import Wavefront, seen_so_far
 from tests.tiny import D, mesh_of, random_params, tiny_model
 
 VOCAB, WIDTH = 5, 3
@@ -121,6 +121,26 @@ def test_a_row_of_a_front_does_not_know_its_neighbors(engine_of, loose):
   for i in (2, 6):
     alone = engine.answer([*requests[:1] * i, requests[i], *requests[:1] * (7 - i)])[i]
     assert_same([alone], [together[i]])
+
+
+def test_a_position_leaves_only_with_the_token_that_it_was_computed_from(engine_of, plain):
+  """Everything counts as settled here; the second position of each front holds a guess, right for one token only."""
+  engine = engine_of(Wavefront(WIDTH, inner=2, threshold=1e9))
+  requests = [dataclasses.replace(r, depth=6, max_new_tokens=9, stops=()) for r in plain[0]]
+  asks = asks_of(requests)
+  with jax.set_mesh(engine.mesh):
+    for guess in range(VOCAB):
+      front, step = engine._way(engine._begin(requests, asks), asks, None, np.int32(1))
+      tokens_BW = front.tokens_BW.at[:, 1].set(guess)
+      after = step(dataclasses.replace(front, tokens_BW=tokens_BW, size_B=front.size_B + 1)).decoding
+      right_B = after.tokens_BM[:, 1] == guess
+      np.testing.assert_array_equal(after.count_B, 2 + right_B)
+
+
+def test_a_guess_counts_as_seen_from_its_position_on():
+  seen_BWV = seen_so_far(jnp.array([[0, 1, 0, 0], [0, 0, 0, 0]], bool), jnp.array([[2, 2, 0], [3, 1, 3]]))
+  want = [[(1, 2), (1, 2), (0, 1, 2)], [(3,), (1, 3), (1, 3)]]
+  assert [[tuple(np.flatnonzero(seen_V)) for seen_V in row] for row in np.asarray(seen_BWV)] == want
 
 
 def test_one_program_serves_all_settings_of_a_width(engine_of, loose):

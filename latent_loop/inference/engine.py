@@ -126,8 +126,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token; those
-  of a front may exceed what was asked, which counts at its head only.
+  """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token;
+  those of a front may exceed what was asked, which counts at its head only.
 
   finish: 'stop', 'length', or None while more may come. drafts, accepted: tokens drafted, and those of them that full
   depth accepted, where the engine speculates. steps: of a wavefront.

@@ -38,7 +38,7 @@ class Wavefront:
   becomes noise at a step, less with every iteration that it has made.
   """
 
-  width: int = 16
+  width: int = 8
   inner: int = 4
   threshold: float = 0.03
   momentum: float = 0.1
@@ -120,7 +120,7 @@ def _step(model: Model, params: Params, front: Front, asks: Asks, numbers) -> Fr
   layers, s_BWD = _think(model, params, this.cache.core, dataclasses.replace(feed, s_BTD=s_BWD), e_BWD, count_BW, inner)
 
   logits_BWV, coda = speak_all(model, params, this.cache.coda, dataclasses.replace(feed, s_BTD=s_BWD))
-  seen_BWV = _seen(this.seen_BV, front.tokens_BW)
+  seen_BWV = seen_so_far(this.seen_BV, front.tokens_BW)
   said_BW = jax.vmap(draw, in_axes=(1, 1, None, 1), out_axes=1)(logits_BWV, seen_BWV, asks.sampling, positions_BW + 1)
   head_B = front.head_B + count_BW[:, 0]
   settled_BW = (_moved(front.s_BWD, s_BWD) < threshold) | (index_1W == 0) & (head_B >= depth_B)[:, None]
@@ -189,7 +189,7 @@ def _moved(before_BWD: jax.Array, s_BWD: jax.Array) -> jax.Array:
   return norm(s_BWD - before_BWD) / jnp.maximum(norm(s_BWD), _SMALL)
 
 
-def _seen(seen_BV: jax.Array, tokens_BW: jax.Array) -> jax.Array:
+def seen_so_far(seen_BV: jax.Array, tokens_BW: jax.Array) -> jax.Array:
   """Tokens seen up to each column, its own included."""
   (B, V), W = seen_BV.shape, tokens_BW.shape[1]
   index_1W = jnp.arange(W)[None]
