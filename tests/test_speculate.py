@@ -13,12 +13,9 @@ from latent_loop.benchmark import Compiles
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Engine, ExitRule, Request
 from latent_loop.inference.speculate import Draft
-from tests.tiny import mesh_of, random_params, tiny_model
+from tests.tiny import assert_same_answers, mesh_of, ragged_requests, random_params, tiny_model
 
-DEPTH, NEW, VOCAB, MANY = 6, 9, 5, 2048
-PROMPTS = [(3, 1, 4), (1,), (0, 4, 2, 1, 0), (3, 0), (2, 3, 1, 3), (3, 2), (3, 1, 4, 1), (2, 0, 4)]
-DEPTHS = (6, 1, 4, 3, 6, 2, 5, 6)
-LIMITS = (9, 9, 2, 1, 5, 9, 9, 8)
+DEPTH, VOCAB, MANY = 6, 5, 2048
 
 
 @pytest.fixture(scope='module')
@@ -42,25 +39,10 @@ def drafting(model, params):
   return lambda iterations: Engine(model, params, mesh_of(), speculate=Draft(iterations, 3))
 
 
-GREEDY = [
-  Request(prompt, depth, max_new_tokens=limit, seed=i, repetition_penalty=1.0 + 0.2 * (i % 2))
-  for i, (prompt, depth, limit) in enumerate(zip(PROMPTS, DEPTHS, LIMITS, strict=True))
-]
-
-
 @pytest.fixture(scope='module')
 def greedy(plain):
   """Requests, of which some stop early, and their plain answers."""
-  answers = plain.answer(GREEDY)
-  stops = [(answers[i].tokens[-2],) if i in (0, 5, 7) else () for i in range(8)]
-  requests = [dataclasses.replace(r, stops=s) for r, s in zip(GREEDY, stops, strict=True)]
-  return requests, plain.answer(requests)
-
-
-def assert_same(got, want):
-  for a, b in zip(got, want, strict=True):
-    assert (a.tokens, a.depths, a.finish) == (b.tokens, b.depths, b.finish)
-    np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=1e-5)
+  return ragged_requests(plain)
 
 
 @pytest.mark.parametrize('iterations', [1, 3, 6, 7])
@@ -68,7 +50,7 @@ def test_speculative_greedy_is_plain_greedy(drafting, greedy, iterations):
   """With rows of different depths, limits, stops and penalties, whatever the draft."""
   requests, want = greedy
   got = drafting(iterations).answer(requests)
-  assert_same(got, want)
+  assert_same_answers(got, want)
   assert {a.finish for a in got} == {'stop', 'length'}
   for request, answer in zip(requests, got, strict=True):
     assert len(answer.tokens) <= request.max_new_tokens and 0 <= answer.accepted <= answer.drafts
@@ -81,7 +63,7 @@ def test_speculative_greedy_is_plain_greedy(drafting, greedy, iterations):
 @pytest.mark.slow  # two programs more to compile
 def test_one_row_alone_is_plain_greedy(drafting, greedy):
   requests, want = greedy
-  assert_same(drafting(2).answer(requests[:1]), want[:1])
+  assert_same_answers(drafting(2).answer(requests[:1]), want[:1])
 
 
 def test_one_program_serves_all_drafts_of_a_lookahead(drafting, greedy):
@@ -89,13 +71,13 @@ def test_one_program_serves_all_drafts_of_a_lookahead(drafting, greedy):
   with Compiles() as compiles:
     *_, last = engine.stream(greedy[0], every=2)
   assert compiles.count == 0
-  assert_same(last, greedy[1])
+  assert_same_answers(last, greedy[1])
 
 
 @pytest.fixture(scope='module')
 def rules():
   """Two sampling rules side by side, on rows that differ in their seeds alone."""
-  one = Request(PROMPTS[0], DEPTH, max_new_tokens=4, temperature=1.0, state_scale=0.0)
+  one = Request((3, 1, 4), DEPTH, max_new_tokens=4, temperature=1.0, state_scale=0.0)
   other = dataclasses.replace(one, temperature=0.7, top_k=3, min_p=0.05, repetition_penalty=1.3)
   return lambda first: [dataclasses.replace((one, other)[i % 2], seed=first + i) for i in range(MANY)]
 

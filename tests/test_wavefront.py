@@ -12,12 +12,9 @@ from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Engine, ExitRule, Request, asks_of
 from latent_loop.inference.speculate import Draft
 from latent_loop.inference.wavefront import Wavefront, seen_so_far
-from tests.tiny import D, mesh_of, random_params, tiny_model
+from tests.tiny import D, assert_same_answers, mesh_of, ragged_requests, random_params, tiny_model
 
 VOCAB, WIDTH = 5, 3
-PROMPTS = [(3, 1, 4), (1,), (0, 4, 2, 1, 0), (3, 0), (2, 3, 1, 3), (3, 2), (3, 1, 4, 1), (2, 0, 4)]
-DEPTHS = (6, 1, 4, 3, 6, 2, 5, 6)
-LIMITS = (9, 9, 2, 1, 5, 9, 9, 8)
 PLAIN = Wavefront(WIDTH, inner=4, threshold=0.0)
 
 
@@ -35,28 +32,14 @@ def engine_of():
 @pytest.fixture(scope='module')
 def plain(engine_of):
   """Requests of all kinds, of which some stop early, and their plain answers."""
-  engine = engine_of(None)
-  base = [
-    Request(prompt, depth, max_new_tokens=limit, seed=i, repetition_penalty=1.0 + 0.2 * (i % 2), temperature=i // 4)
-    for i, (prompt, depth, limit) in enumerate(zip(PROMPTS, DEPTHS, LIMITS, strict=True))
-  ]
-  answers = engine.answer(base)
-  stops = [(answers[i].tokens[-2],) if i in (0, 5, 7) else () for i in range(8)]
-  requests = [dataclasses.replace(r, stops=s) for r, s in zip(base, stops, strict=True)]
-  return requests, engine.answer(requests)
-
-
-def assert_same(got, want):
-  for a, b in zip(got, want, strict=True):
-    assert (a.tokens, a.depths, a.finish) == (b.tokens, b.depths, b.finish)
-    np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=1e-5)
+  return ragged_requests(engine_of(None), temperature=(0.0, 1.0))
 
 
 @pytest.mark.parametrize('inner,momentum', [(1, 0.0), (4, 0.3), (9, 0.0)])
 def test_a_front_in_which_nothing_settles_early_is_plain_decoding(engine_of, plain, inner, momentum):
   """Greedy and sampled rows of different depths, limits, stops and penalties, whatever a step is."""
   got = engine_of(dataclasses.replace(PLAIN, inner=inner, momentum=momentum)).answer(plain[0])
-  assert_same(got, plain[1])
+  assert_same_answers(got, plain[1])
   assert {a.finish for a in got} == {'stop', 'length'}
   for request, answer in zip(plain[0], got, strict=True):
     assert answer.steps == (len(answer.tokens) - 1) * -(-request.depth // inner)
@@ -95,7 +78,7 @@ def test_a_stop_ends_a_row_at_once_and_its_neighbors_go_on(engine_of, resting):
     for answer, want in zip(got[:5], whole[:5], strict=True):
       end = want.tokens.index(stop) + 1 if stop in want.tokens else 16
       assert answer.tokens == want.tokens[:end] and answer.finish == ('stop' if stop in want.tokens else 'length')
-    assert_same(got[5:], whole[5:])
+    assert_same_answers(got[5:], whole[5:])
 
 
 LOOSE = Wavefront(WIDTH, inner=2, threshold=0.5, momentum=0.2, noise=0.1)
@@ -120,7 +103,7 @@ def test_a_row_of_a_front_does_not_know_its_neighbors(engine_of, loose):
   engine = engine_of(LOOSE)
   for i in (2, 6):
     alone = engine.answer([*requests[:1] * i, requests[i], *requests[:1] * (7 - i)])[i]
-    assert_same([alone], [together[i]])
+    assert_same_answers([alone], [together[i]])
 
 
 def test_a_position_leaves_only_with_the_token_that_it_was_computed_from(engine_of, plain):
@@ -157,7 +140,7 @@ def test_one_program_serves_all_settings_of_a_width(engine_of, loose):
 def test_a_front_of_one_position_moves(engine_of, plain):
   """Where the reference's never freezes anything."""
   narrow = dataclasses.replace(PLAIN, width=1)
-  assert_same(engine_of(narrow).answer(plain[0]), plain[1])
+  assert_same_answers(engine_of(narrow).answer(plain[0]), plain[1])
 
 
 @pytest.mark.parametrize(
