@@ -150,10 +150,10 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
   return depth_report.write(workdir, trained.config.name, numbers, curve)
 
 
-def engine_of(trained: Trained, cache: str = 'full') -> Engine:
-  """An engine whose rows may be four times as long as those of training; 4096 tokens in any case."""
+def engine_of(trained: Trained, cache: str = 'full', **options: Any) -> Engine:
+  """Options as in Engine; rows may be four times as long as those of training, 4096 tokens in any case."""
   most_tokens = max(4096, 4 * trained.config.data.seq_len)
-  return Engine(trained.model, trained.params, trained.mesh, cache, most_tokens)
+  return Engine(trained.model, trained.params, trained.mesh, cache, most_tokens=most_tokens, **options)
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:

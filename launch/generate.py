@@ -23,6 +23,10 @@ _EXIT = flags.DEFINE_string(
 )
 _DEPTH = flags.DEFINE_integer('depth', None, 'iterations of the core per token; default: the mean depth in training')
 _WARM = flags.DEFINE_bool('warm_start', False, 'a token starts from the state of the one before')
+_SPECULATE = flags.DEFINE_string(
+  'speculate', None, 'DRAFT:LOOKAHEAD, such as 4:8: draft 8 tokens with 4 iterations each, verify them together'
+)
+_PARALLEL = flags.DEFINE_bool('parallel', False, 'decode a wavefront of positions together; --cache is then ring:1')
 _STOP = flags.DEFINE_multi_string('stop', [], 'text that ends an answer; may be repeated')
 _NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'tokens to add at most')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 = greedy')
@@ -45,7 +49,7 @@ def main() -> int:
   model = trained.load(workdir)
   tokenizer = data.make_tokenizer(model.config.data)
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
-  engine = trained.engine_of(model, _CACHE.value)
+  engine = trained.engine_of(model, **_way())
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
     _answer_in_json(tokenizer, engine, asked, requests)
@@ -72,6 +76,18 @@ def _prompts() -> list[str]:
   if not prompts:
     raise BadInput(f'--prompts={path}: an empty file; the rule is one prompt per line, write one')
   return prompts
+
+
+def _way() -> dict:
+  """The engine's options."""
+  from latent_loop.inference.speculate import Draft
+  from latent_loop.inference.wavefront import Wavefront
+
+  return {
+    'cache': 'ring:1' if _PARALLEL.value and not _CACHE.present else _CACHE.value,
+    'speculate': None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value),
+    'wavefront': Wavefront() if _PARALLEL.value else None,
+  }
 
 
 def _options() -> dict:
@@ -124,7 +140,15 @@ def _request(tokenizer, one: dict, mean_depth: int):
 def _texts(tokenizer, engine, requests) -> list[str]:
   from latent_loop.inference.text import text_of
 
-  return [text_of(tokenizer, answer, tuple(_STOP.value))[0] for answer in engine.answer(requests)]
+  answers = engine.answer(requests)
+  _say_accepted(answers)
+  return [text_of(tokenizer, answer, tuple(_STOP.value))[0] for answer in answers]
+
+
+def _say_accepted(answers) -> None:
+  drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
+  if drafts:
+    print(f'accepted {accepted} of {drafts} drafted tokens ({accepted / drafts:.0%})', file=sys.stderr)
 
 
 def _type(tokenizer, engine, prompt: str, requests) -> None:
@@ -141,6 +165,7 @@ def _type(tokenizer, engine, prompt: str, requests) -> None:
     if finish:
       break
   print(flush=True)
+  _say_accepted([answer])
 
 
 def _answer_in_json(tokenizer, engine, asked, requests) -> None:

@@ -1,5 +1,6 @@
-"""What the tests share: a config of tiny, pairwise different sizes, packed random batches, comparisons."""
+"""What the tests share: a config of tiny, pairwise different sizes, packed random batches, requests, comparisons."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from latent_loop.batch import Batch
 from latent_loop.config import Config, MeshConfig
+from latent_loop.inference.engine import Answer, Engine, Request
 from latent_loop.model import Model, build
 from latent_loop.model.layers import Rows
 from latent_loop.parallel import mesh as meshes
@@ -115,3 +117,29 @@ def assert_same_bits(got: Any, want: Any) -> None:
   assert got.keys() == want.keys()
   for name in want:
     assert got[name].tobytes() == want[name].tobytes(), f'{name} differs'
+
+
+def ragged_requests(
+  engine: Engine, temperature: tuple[float, float] = (0.0, 0.0)
+) -> tuple[list[Request], list[Answer]]:
+  """Eight requests of token ids below 5 that differ in all they can, some of which stop early, and their answers.
+
+  temperature: of the first four and of the others.
+  """
+  prompts = [(3, 1, 4), (1,), (0, 4, 2, 1, 0), (3, 0), (2, 3, 1, 3), (3, 2), (3, 1, 4, 1), (2, 0, 4)]
+  depths, limits = (6, 1, 4, 3, 6, 2, 5, 6), (9, 9, 2, 1, 5, 9, 9, 8)
+  requests = [
+    Request(p, depth, limit, seed=i, repetition_penalty=1.0 + 0.2 * (i % 2), temperature=temperature[i // 4])
+    for i, (p, depth, limit) in enumerate(zip(prompts, depths, limits, strict=True))
+  ]
+  answers = engine.answer(requests)
+  stops = [(answers[i].tokens[-2],) if i in (0, 5, 7) else () for i in range(8)]
+  requests = [dataclasses.replace(r, stops=s) for r, s in zip(requests, stops, strict=True)]
+  return requests, engine.answer(requests)
+
+
+def assert_same_answers(got: list[Answer], want: list[Answer]) -> None:
+  """But for how they were found."""
+  for a, b in zip(got, want, strict=True):
+    assert (a.tokens, a.depths, a.finish) == (b.tokens, b.depths, b.finish)
+    np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=1e-5)

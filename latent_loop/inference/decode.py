@@ -120,23 +120,38 @@ def go_on(model: Model, params: Params, decoding: Decoding, asks: Asks, steps: j
 
 def emit(this: Decoding, asks: Asks, logits_BV: jax.Array, depth_B: jax.Array, who_B: jax.Array) -> Decoding:
   """Chooses the next token of the rows `who_B` and notes it."""
+  token_B = draw(logits_BV, this.seen_BV, asks.sampling, this.position_B + 1)
+  return note(this, asks, token_B[:, None], logits_BV[:, None], depth_B[:, None], who_B.astype(jnp.int32))
+
+
+def note(
+  this: Decoding, asks: Asks, tokens_BT: jax.Array, logits_BTV: jax.Array, depth_BT: jax.Array, offered_B: jax.Array
+) -> Decoding:
+  """Notes the first offered_B of the next tokens of each row, but none past its limit or behind a stop token."""
   B, M = this.tokens_BM.shape
-  position_B = this.position_B + 1
-  token_B = draw(logits_BV, this.seen_BV, asks.sampling, position_B)
-  log_p_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
-  row_B, at_B = jnp.arange(B), jnp.where(who_B, this.count_B, M)  # one behind the last is dropped
-  note = lambda old_BM, new_B: everywhere(old_BM.at[row_B, at_B].set(new_B, mode='drop'))
+  index_1T = jnp.arange(tokens_BT.shape[1])[None]
+  stops_BT = jnp.any(tokens_BT[..., None] == asks.stops_BK[:, None], axis=-1)
+  behind_BT = jnp.cumsum(stops_BT, axis=1) > stops_BT
+  most_B = jnp.minimum(offered_B, asks.limit_B - this.count_B)
+  kept_BT = (index_1T < most_B[:, None]) & ~behind_BT
+  kept_B = jnp.sum(kept_BT, axis=1)
+  count_B = this.count_B + kept_B
+  ends_B = jnp.any(stops_BT & kept_BT, axis=1) | (kept_B > 0) & (count_B >= asks.limit_B)
+
+  row_B = jnp.arange(B)
+  at_BT = jnp.where(kept_BT, this.count_B[:, None] + index_1T, M)  # one behind the last is dropped
+  write = lambda old_BM, new_BT: everywhere(old_BM.at[row_B[:, None], at_BT].set(new_BT, mode='drop'))
   everywhere = lambda x: constrain(x, *[None] * x.ndim)  # so that every process can read it
-  count_B = this.count_B + who_B
-  ends_B = jnp.any(token_B[:, None] == asks.stops_BK, axis=1) | (count_B >= asks.limit_B)
+  log_p_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[..., None], axis=-1)[..., 0]
+  seen_at_BT = jnp.where(kept_BT, tokens_BT, this.seen_BV.shape[1])
   return dataclasses.replace(
     this,
-    token_B=jnp.where(who_B, token_B, this.token_B),
-    position_B=jnp.where(who_B, position_B, this.position_B),
-    seen_BV=this.seen_BV.at[row_B, jnp.where(who_B, token_B, this.seen_BV.shape[1])].set(True, mode='drop'),
-    running_B=everywhere(this.running_B & ~(who_B & ends_B)),
+    token_B=jnp.where(kept_B > 0, tokens_BT[row_B, kept_B - 1], this.token_B),
+    position_B=this.position_B + kept_B,
+    seen_BV=this.seen_BV.at[row_B[:, None], seen_at_BT].set(True, mode='drop'),
+    running_B=everywhere(this.running_B & ~ends_B),
     count_B=everywhere(count_B),
-    tokens_BM=note(this.tokens_BM, token_B),
-    log_p_BM=note(this.log_p_BM, log_p_B),
-    depth_BM=note(this.depth_BM, depth_B),
+    tokens_BM=write(this.tokens_BM, tokens_BT),
+    log_p_BM=write(this.log_p_BM, log_p_BT),
+    depth_BM=write(this.depth_BM, depth_BT),
   )

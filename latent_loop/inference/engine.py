@@ -5,7 +5,7 @@ Shapes are rounded up to powers of two, so one compiled program serves every pro
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ from latent_loop.inference.continuous import fly, take_off
 from latent_loop.inference.decode import NO_TOKEN, Asks, Decoding, begin, go_on
 from latent_loop.inference.exits import Exits
 from latent_loop.inference.sampling import Sampling
+from latent_loop.inference.speculate import Draft, Speculation, leap
+from latent_loop.inference.wavefront import Front, Wavefront, line_up, roll
 from latent_loop.model import Model, Params, build
 from latent_loop.parallel import memory
 
 _SMALLEST = 16  # columns of a shape class, at least
+State = Decoding | Speculation | Front
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -124,15 +127,20 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token.
+  """tokens: a stop token included. log_probs: of the model, before any sampling rule. depths: iterations per token;
+  those of a front may exceed what was asked, which counts at its head only.
 
-  finish: 'stop', 'length', or None while more may come.
+  finish: 'stop', 'length', or None while more may come. drafts, accepted: tokens drafted, and those of them that full
+  depth accepted, where the engine speculates. steps: of a wavefront.
   """
 
   tokens: list[int]
   log_probs: list[float]
   depths: list[int]
   finish: str | None
+  drafts: int = 0
+  accepted: int = 0
+  steps: int = 0
 
 
 def asks_of(requests: list[Request]) -> Asks:
@@ -168,12 +176,29 @@ def _round_up(number: int, smallest: int = _SMALLEST) -> int:
 class Engine:
   """A model ready to answer, on the devices of `mesh`."""
 
-  def __init__(self, model: Model, params: Params, mesh: Mesh, cache: str = 'full', most_tokens: int = LARGEST):
-    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput. most_tokens: of a prompt and its answer."""
+  def __init__(
+    self,
+    model: Model,
+    params: Params,
+    mesh: Mesh,
+    cache: str = 'full',
+    speculate: Draft | None = None,
+    wavefront: Wavefront | None = None,
+    most_tokens: int = LARGEST,
+  ):
+    """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput.
+
+    speculate, wavefront: how `answer` and `stream` decode, instead of token by token. most_tokens: of a prompt and
+    its answer.
+    """
+    _require(
+      speculate is None or wavefront is None, '--speculate and --parallel are two ways to decode; leave one of them out'
+    )
     parse_cache(cache, 1)
     # Rematerialization serves a backward pass only, and blocks under it cannot hand out their buffers.
     self.model = build(dataclasses.replace(model.cfg, remat='none'), model.depth)
     self.mesh, self.cache, self.most_tokens = mesh, cache, most_tokens
+    self.speculate, self.wavefront = speculate, wavefront
     with jax.set_mesh(mesh):
       self.params = jax.jit(model.cast)(params)
 
@@ -183,14 +208,31 @@ class Engine:
     return last
 
   def stream(self, requests: list[Request], every: int = 1) -> Iterator[list[Answer]]:
-    """The answers so far, after the first token and then after every `every` more."""
+    """The answers so far, after the first token and then after every `every` more.
+
+    With `speculate` or `wavefront`, after as many drafts or steps, which may add several tokens or none.
+    """
     asks, slots = asks_of(requests), self._class_of(requests)[0]
     with jax.set_mesh(self.mesh):
-      decoding = self._begin(requests, asks)
-      yield _answers(decoding, requests)
-      while np.any(jax.device_get(decoding.running_B)):
-        decoding = go_on(self.model, self.params, decoding, asks, np.int32(every), slots=slots)
-        yield _answers(decoding, requests)
+      this, go = self._way(self._begin(requests, asks), asks, slots, np.int32(every))
+      yield _answers(this, requests)
+      while np.any(jax.device_get(_decoding_of(this).running_B)):
+        this = go(this)
+        yield _answers(this, requests)
+
+  def _way(self, decoding: Decoding, asks: Asks, slots: Slots, turns: np.int32) -> tuple[State, Callable]:
+    """(the rows as this engine's way of decoding needs them, what takes them further)."""
+    model, params = self.model, self.params
+    if self.speculate is not None:
+      draft = self.speculate
+      go = lambda this: leap(
+        model, params, this, asks, np.int32(draft.iterations), turns, slots=slots, lookahead=draft.lookahead
+      )
+      return Speculation.of(decoding), go
+    if self.wavefront is not None:
+      front = line_up(model, decoding, asks, width=self.wavefront.width)
+      return front, lambda this: roll(model, params, this, asks, self.wavefront.numbers, turns)
+    return decoding, lambda this: go_on(model, params, this, asks, turns, slots=slots)
 
   def answer_flying(self, requests: list[Request], window: int) -> list[Answer]:
     """The same answers by continuous depth batching; `window` rows at a time start their next token."""
@@ -215,7 +257,7 @@ class Engine:
     return cache_bytes(self.model.cfg, slots, len(requests), width + new)
 
   def _class_of(self, requests: list[Request]) -> tuple[Slots, int, int]:
-    """(slots, columns for prompts, columns for new tokens); raises BadInput for a token the model does not know."""
+    """(slots, columns for prompts, columns for new tokens); raises BadInput for what this engine cannot answer."""
     _require(bool(requests), '--prompt: no prompt given; give at least one')
     for request in requests:
       low, high, vocab_size = min(request.tokens), max(request.tokens), self.model.cfg.vocab_size
@@ -224,6 +266,7 @@ class Engine:
         f'a prompt has token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}, use its own tokenizer',
       )
     slots = parse_cache(self.cache, max(r.depth for r in requests))
+    self._check_way(requests, slots)
     for r in requests:
       _require(
         len(r.tokens) + r.max_new_tokens <= self.most_tokens,
@@ -234,13 +277,41 @@ class Engine:
     memory.check_cache(cache_bytes(self.model.cfg, slots, len(requests), width + new))
     return slots, width, new
 
+  def _check_way(self, requests: list[Request], slots: Slots) -> None:
+    """Raises BadInput for what does not go together with this engine's way of decoding."""
+    way = '--speculate' if self.speculate is not None else '--parallel' if self.wavefront is not None else None
+    if way is None:
+      return
+    _require(
+      all(r.exit.kind == 'none' and not r.warm_start for r in requests),
+      f'{way} has its own rule for how long a token thinks and where it starts; leave out --exit and --warm_start',
+    )
+    depth = max(r.depth for r in requests)
+    _require(
+      self.speculate is None or slots.count == depth,
+      f'--speculate with --cache={self.cache}: a draft is exact only where each iteration has its own slot; use '
+      '--cache=full',
+    )
+    _require(
+      self.wavefront is None or slots.count == 1,
+      f'--parallel with --cache={self.cache}: positions of a front differ in their iterations and have to share one '
+      'slot; use --cache=ring:1',
+    )
 
-def _answers(decoding: Decoding, requests: list[Request]) -> list[Answer]:
+
+def _decoding_of(state: State) -> Decoding:
+  return state if isinstance(state, Decoding) else state.decoding
+
+
+def _answers(state: State, requests: list[Request]) -> list[Answer]:
+  decoding = _decoding_of(state)
+  counts = {} if state is decoding else jax.device_get(state.counts)
   names = ('count_B', 'running_B', 'tokens_BM', 'log_p_BM', 'depth_BM')
   count_B, running_B, *columns = jax.device_get([vars(decoding)[name] for name in names])
   answers = []
   for b, request in enumerate(requests):
     tokens, log_probs, depths = (column_BM[b, : count_B[b]].tolist() for column_BM in columns)
     finish = 'stop' if tokens[-1] in request.stops else 'length'
-    answers.append(Answer(tokens, log_probs, depths, None if running_B[b] else finish))
+    ours = {name: int(count_B[b]) for name, count_B in counts.items()}
+    answers.append(Answer(tokens, log_probs, depths, None if running_B[b] else finish, **ours))
   return answers

@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+_DRAW = 0  # random numbers for `draw`; other purposes have other numbers
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,31 @@ def _restrict_by_rank(logits_BV: jax.Array, rule: Sampling) -> jax.Array:
   return jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
 
 
+def probabilities(logits_BV: jax.Array, seen_BV: jax.Array, rule: Sampling) -> jax.Array:
+  """What `draw` draws from; for a greedy row, all on the best token."""
+  logits_BV = penalize(logits_BV, seen_BV, rule.repetition_penalty_B)
+  best_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+  return jnp.where((rule.temperature_B > 0)[:, None], jax.nn.softmax(restrict(logits_BV, rule)), best_BV)
+
+
+def keys_of(purpose: int, rule: Sampling, position_B: jax.Array) -> jax.Array:
+  """One key per row, from its seed and a position alone."""
+  key = lambda seed, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(purpose), seed), position)
+  return jax.vmap(key)(rule.seed_B, position_B)
+
+
+def pick(log_p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+  """A token of every row at random, from log-probabilities that need not be normalized."""
+  noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, log_p_BV.shape[1:]))(keys_B)
+  return jnp.argmax(log_p_BV + noise_BV, axis=-1)
+
+
 def draw(logits_BV: jax.Array, seen_BV: jax.Array, rule: Sampling, position_B: jax.Array) -> jax.Array:
   """The next token of every row; random numbers follow from the row's seed and the token's position."""
   logits_BV = penalize(logits_BV, seen_BV, rule.repetition_penalty_B)
   best_B = jnp.argmax(logits_BV, axis=-1)
 
-  def random(logits_BV):
-    key = lambda seed, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), position)
-    gumbel = lambda key: jax.random.gumbel(key, logits_BV.shape[1:])
-    noise_BV = jax.vmap(gumbel)(jax.vmap(key)(rule.seed_B, position_B))
-    return jnp.argmax(restrict(logits_BV, rule) + noise_BV, axis=-1)
-
+  random = lambda logits_BV: pick(restrict(logits_BV, rule), keys_of(_DRAW, rule, position_B))
   hot_B = rule.temperature_B > 0
   drawn_B = jax.lax.cond(jnp.any(hot_B), random, lambda _: best_B, logits_BV)
   return jnp.where(hot_B, drawn_B, best_B).astype(jnp.int32)

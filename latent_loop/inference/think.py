@@ -51,10 +51,34 @@ def iterate(
   return _through(lambda rows: model.apply_core(params, feed.s_BTD, e_BTD, rows), layers, slot, feed, fresh)
 
 
+def deepen(
+  model: Model, params: Params, layers: list[Layer], feed: Feed, e_BTD, span, slots: Slots, fresh: bool
+) -> tuple[list[Layer], jax.Array, jax.Array]:
+  """(the core's buffers, s_BTD, iterations made) after iterations first, first + 1, ..., last_B - 1 of each row.
+
+  span: (first, last_B). A row without real tokens makes none.
+  """
+  first, last_B = span
+
+  def core(layers, s_BTD, t, running_B):
+    now = dataclasses.replace(feed, s_BTD=s_BTD)
+    s_BTD, layers = iterate(model, params, layers, now, e_BTD, slots.of(first + t), running_B, fresh)
+    return layers, s_BTD
+
+  leave = lambda layers, before_BTD, s_BTD, t, running_B: (layers, first + t >= last_B)
+  return iterate_rows(core, leave, layers, feed.s_BTD, feed.running_B & (first < last_B))
+
+
+def speak_all(model: Model, params: Params, coda: list[Layer], feed: Feed) -> tuple[jax.Array, list[Layer]]:
+  """(logits_BTV, the coda's buffers)."""
+  y_BTD, coda = _through(lambda rows: model.apply_coda(params, feed.s_BTD, rows), coda, 0, feed, fresh=False)
+  return model.scores(params, y_BTD), coda
+
+
 def speak(model: Model, params: Params, coda: list[Layer], feed: Feed) -> tuple[jax.Array, list[Layer]]:
   """(logits_BV of one state per row, the coda's buffers)."""
-  y_BTD, coda = _through(lambda rows: model.apply_coda(params, feed.s_BTD, rows), coda, 0, feed, fresh=False)
-  return model.scores(params, y_BTD)[:, 0], coda
+  logits_BTV, coda = speak_all(model, params, coda, feed)
+  return logits_BTV[:, 0], coda
 
 
 def absorb(
@@ -62,14 +86,7 @@ def absorb(
 ) -> tuple[Cache, jax.Array, jax.Array]:
   """(cache, s_BTD, y_BTD) after depth_B iterations of every token of a row; y is ready for `model.scores`."""
   e_BTD, prelude = embed(model, params, cache.prelude, feed, fresh)
-
-  def core(layers, s_BTD, t, running_B):
-    now = dataclasses.replace(feed, s_BTD=s_BTD)
-    s_BTD, layers = iterate(model, params, layers, now, e_BTD, slots.of(t), running_B, fresh)
-    return layers, s_BTD
-
-  leave = lambda layers, before_BTD, s_BTD, t, running_B: (layers, t >= depth_B)
-  layers, s_BTD, depth_B = iterate_rows(core, leave, cache.core, feed.s_BTD, feed.running_B)
+  layers, s_BTD, depth_B = deepen(model, params, cache.core, feed, e_BTD, (0, depth_B), slots, fresh)
   layers = fill_deeper(layers, slots, depth_B, feed.positions_BT, feed.real_BT)
   y_BTD, coda = _through(lambda rows: model.apply_coda(params, s_BTD, rows), cache.coda, 0, feed, fresh)
   return Cache(prelude, layers, coda), s_BTD, y_BTD
