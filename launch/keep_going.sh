@@ -44,8 +44,13 @@ while true; do
     code=0
     wait "$child" || code=$?
   done
+  if [ -n "$asked" ]; then # a child that ended right after the trap has not said its code yet; 127: it has
+    again=0
+    wait "$child" 2>/dev/null || again=$?
+    [ "$again" -eq 127 ] || code=$again
+    exit "$code"
+  fi
   child=
-  [ -z "$asked" ] || exit "$code"
   if [ "$code" -ne 10 ] && [ "$code" -ne 12 ] && [ "$code" -ne 14 ] && [ "$code" -le 128 ]; then
     exit "$code"
   fi
