@@ -85,7 +85,11 @@ def copy(finished, tmp_path) -> Path:
     ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
-    slow('train', [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}'], 'less than one row'),
+    slow(
+      'train',
+      [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}', '--config.train.batch_size=1'],
+      'less than one row',
+    ),
     ('evaluate', ['--workdir=/tmp/none'], 'one of the verbs depths'),
     ('train', [TEXT, 'foo'], 'belongs to no flag'),
     ('train', ['--config=experiments/nope.py', '--config.seed=1'], 'experiments/nope.py: no such file'),
