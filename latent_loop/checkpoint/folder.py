@@ -24,7 +24,7 @@ class Folder:
   def __init__(self, workdir: storage.Path):
     self.path = epath.Path(storage.absolute(workdir)) / 'checkpoints'
     self.set_aside_path = self.path / _ASIDE
-    if self.path.is_file():
+    if storage.is_local(self.path) and self.path.is_file():
       raise BadInput(f'{self.path}: a file, where the folder of the checkpoints belongs; move it away')
 
   def __truediv__(self, step: int | str) -> epath.Path:
