@@ -3,6 +3,9 @@
 import contextlib
 import http.client
 import json
+import os
+import random
+import re
 import socket
 import threading
 import time
@@ -11,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from latent_loop.chaos import serve as chaos
 from latent_loop.inference.board import Board
-from latent_loop.inference.engine import Answer, Engine, ExitRule
+from latent_loop.inference.engine import Answer, Engine, ExitRule, Request
 from latent_loop.inference.text import Typist, request_of, text_of
-from latent_loop.serving import server
+from latent_loop.serving import repl, server
 from latent_loop.serving.app import MAX_BODY_BYTES
 from latent_loop.serving.fields import Limits
+from latent_loop.serving.messages import STOPS
 from latent_loop.tokenizer import Bytes
 from latent_loop.tokenizer import utf8 as tokenizer
+from tests.browser import headless
 from tests.tiny import mesh_of, random_params, tiny_model
 
 openai = pytest.importorskip('openai', reason='the client is in launch/requirements/dev.txt')
@@ -249,3 +255,101 @@ def test_pieces_are_the_text_and_nothing_is_taken_back():
   typist = Typist(Bytes(), ('stop',))
   assert ''.join(piece for n in range(1, 13) for piece, _ in typist.read(answer(n, None))) == 'a\u00e9-\u20ac '
   assert typist.finish == 'stop'
+
+
+# --- for a person -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_chat_shades_by_depth_stops_and_goes_on(engine, monkeypatch, capsys):
+  lines = iter(['hi', KeyboardInterrupt(), '', 'more', '/new', 'hi', '/quit'])
+
+  def read(prompt):
+    if isinstance(line := next(lines), str):
+      return line
+    raise line
+
+  prompts = []
+
+  def make(tokens):
+    prompts.append(tokenizer.decode(tokens))
+    return Request(tokens, 3, 40, stops=(tokenizer.EOS,), seed=len(prompts))
+
+  monkeypatch.setattr('builtins.input', read)
+  repl.chat(engine, Bytes(), make, (), shade=False)
+  said = capsys.readouterr().out
+  answer = want(engine, 'user: hi\nassistant:', seed=1)
+  first = text_of(Bytes(), answer, STOPS)[0]
+  assert prompts[0] == prompts[2] == 'user: hi\nassistant:'
+  assert prompts[1] == f'user: hi\nassistant: {first.strip()}\nuser: more\nassistant:'
+  assert said.count('Ctrl-C stops an answer') == 2 and said.count('3.0 of 3 iterations each') == 3
+  assert '\033' not in said and repl.shaded('a\n', 1, 9) == '\033[38;5;16;48;5;255ma\033[0m\n'
+  assert repl.shaded('\x1b[2J', 9, 9) == '\033[38;5;16;48;5;241m\\x1b[2J\033[0m'
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with headless() as browser:
+    yield browser
+
+
+def test_the_chat_page_talks_and_shades_every_token_by_its_depth(browser, running):
+  from selenium.webdriver import Keys
+
+  find = lambda css: browser.find_elements('css selector', css)
+  slide = 'const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event("input"))'
+  notes = lambda: [note.text for note in find('.assistant .note')]
+
+  def wait(done):
+    deadline = time.monotonic() + 20
+    while not done():
+      assert time.monotonic() < deadline, find('#log')[0].text
+      time.sleep(0.02)
+
+  browser.get(running[0])
+  wait(lambda: find('#depth')[0].get_attribute('max') == '64')
+  assert find('#depth_shown')[0].text == '3'
+  browser.execute_script(slide, 'depth', 6)
+  browser.execute_script(slide, 'exit', 9)
+  find('#say')[0].send_keys('hello <b>', Keys.ENTER)
+  wait(lambda: notes())
+  assert find('.user')[0].text == 'hello <b>' and find('#exit_shown')[0].text == '1e-1'
+  shades = [float(token.get_attribute('style').split(':')[1].strip(' ;')) for token in find('.assistant .token')]
+  depths = [int(token.get_attribute('title').split()[0]) for token in find('.assistant .token')]
+  assert shades == pytest.approx([(depth - 1) / 5 for depth in depths]) and len(set(depths)) > 1 and max(depths) <= 6
+  assert re.fullmatch(r'128 tokens, \d\.\d iterations each on average', notes()[0])
+  browser.execute_script(slide, 'depth', 64)
+  browser.execute_script(slide, 'exit', 0)
+  find('#say')[0].send_keys('more', Keys.ENTER)
+  wait(lambda: running[1].load()['busy'])
+  find('#send')[0].click()
+  wait(lambda: len(notes()) == 2)
+  assert notes()[1] == 'stopped'
+  assert browser.execute_script('return messages.map(m => m.role)')[:3] == ['user', 'assistant', 'user']
+  find('#say')[0].send_keys('x' * 2100, Keys.ENTER)
+  wait(lambda: find('.error'))
+  assert 'more than the 2048 tokens' in find('.error')[0].text
+  assert [e for e in browser.get_log('browser') if e['level'] == 'SEVERE' and '400' not in e['message']] == []
+  find('#fresh')[0].click()
+  assert find('#log')[0].text == ''
+
+
+def test_twenty_seconds_of_trouble_leave_nothing_behind(tmp_path, monkeypatch):
+  """launch.chaos serve, shorter: its programs compile without optimization, on one device."""
+  quick = [flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag]
+  monkeypatch.setenv('XLA_FLAGS', ' '.join(quick))
+  result = chaos.serve(20 / 60, 0, tmp_path, print)
+  assert result['ok'], result
+
+
+def test_the_trial_sees_a_wrong_answer(engine, running):
+  """A fault is one: of text, of status."""
+  noted = []
+  client = chaos._Client(int(running[0].rpartition(':')[2]), [], [], None, lambda *what: noted.append(what))
+  body = {'prompt': 'a', 'max_tokens': 3, 'depth': 3, 'temperature': 0, 'seed': 0}
+  client._bodies, client._dice = [body], random.Random(0)
+  right = text_of(Bytes(), want(engine, 'a', 3))[0]
+  for client._want in ([right], ['other']):
+    client.finish(body)
+  assert (
+    [kind for kind, *_ in noted] == ['finished', 'finished'] and noted[0][1] is None and 'the engine' in noted[1][1]
+  )

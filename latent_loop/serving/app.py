@@ -1,6 +1,7 @@
 """HTTP around the scheduler: the OpenAI routes, a look at the load, the chat page. On starlette."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from latent_loop.tokenizer import Tokenizer
 MAX_BODY_BYTES = 2**20
 _BODY_SECS = 30
 _HEADERS = {'cache-control': 'no-store'}
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 def make_app(scheduler: Scheduler, tokenizer: Tokenizer, limits: Limits) -> Starlette:
@@ -77,6 +78,8 @@ def _refusal(error: Exception) -> tuple[dict, int, dict]:
     return wire.error_body(sentence, error.status_code), error.status_code, dict(error.headers or {})
   status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
   sentence = str(error) if status != 500 or isinstance(error, RuntimeError) else 'a bug of the server; see its log'
+  if isinstance(error, BadInput):  # which may speak of a program's flags
+    sentence = re.sub(r'--(?=[a-z])', '', sentence).replace('max_new_tokens', 'max_tokens')
   return wire.error_body(sentence, status), status, {'retry-after': '1'} if status == 429 else {}
 
 

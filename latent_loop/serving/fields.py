@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 from latent_loop.errors import BadInput
@@ -108,16 +107,8 @@ def asked_of(values: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> As
   if values.get('model', limits.model) != limits.model:
     raise NoSuchModel(f'model={_short(values["model"])}: the one model here is {limits.model!r}')
   chat = 'messages' in values
-  try:
-    if chat:
-      tokens = messages.prompt_of(tokenizer, _messages(values['messages']))
-    else:
-      tokens = _prompt(values, tokenizer)
-    request = _request(values, tokens, tokenizer, limits)
-  except NoSuchModel:
-    raise
-  except BadInput as error:  # which speaks of a program's flags
-    raise BadInput(re.sub(r'--(?=[a-z])', '', str(error)).replace('max_new_tokens', 'max_tokens')) from error
+  tokens = messages.prompt_of(tokenizer, _messages(values['messages'])) if chat else _prompt(values, tokenizer)
+  request = _request(values, tokens, tokenizer, limits)
   options = values.get('stream_options', {})
   usage = options.get('include_usage', False)
   if type(usage) is not bool:

@@ -1,6 +1,7 @@
 """A trained model as a server: socket, board, scheduler and HTTP, from the first request to an orderly end."""
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ def listen(host: str, port: int) -> socket.socket:
   try:
     return socket.create_server((host, port), backlog=1024)
   except (OSError, OverflowError) as error:
-    why = getattr(error, 'strerror', None) or error
+    code = getattr(error, 'errno', None) or 0
+    why = os.strerror(code) if code > 0 else error  # socket.create_server says more, but twice
     raise BadInput(f'--host={host} --port={port}: cannot listen there ({why}); choose another port') from error
 
 
