@@ -70,7 +70,7 @@ def test_one_that_is_released_leaves_the_others_undisturbed_and_its_slot_clean(b
   kept, gone = REQUESTS[4], REQUESTS[2]
   board.admit(0, kept), board.admit(1, gone), board.advance(4)
   board.release(1)
-  assert board.free == [1, 2]
+  assert board.free == [1, 2] and board._flight.decoding.running_B.tolist() == [True, False, False]
   board.admit(1, REQUESTS[7])
   answers = board.advance(1000)
   assert_same_answers([answers[0], answers[1]], [want[4], want[7]])

@@ -170,6 +170,11 @@ def test_a_full_queue_says_when_to_come_again(client, running):
       ask(client)
     assert caught.value.response.headers['retry-after'] == '1'
     assert post(running[0], '/health', None)[1]['queued'] == QUEUE
+    for connection in sockets[SLOTS:]:
+      connection.close()
+    while running[1].load()['queued']:
+      time.sleep(0.01)
+    assert running[1].load()['busy'] == SLOTS  # those that left the queue did not wait for a slot first
 
 
 def post(url, path, body, headers=None):

@@ -122,8 +122,8 @@ class Scheduler:
       with self._changed:
         if not self._waiting and not self._running:
           self._changed.wait(_NAP_SECS)
-        while self._waiting and (self._waiting[0].cancelled or self._closing):
-          job = self._waiting.popleft()
+        for job in [job for job in self._waiting if job.cancelled or self._closing]:
+          self._waiting.remove(job)
           job.tell(error=Closing('the server is stopping; ask another, or this one once it is back'))
         free = self._board.free
         if not self._waiting or not free:
