@@ -45,7 +45,7 @@ def main() -> int:
 
   workdir = program.workdir_of(_WORKDIR.value)
   if [_PROMPT.value is not None, _PROMPTS.value is not None, _CHAT.value].count(True) != 1:
-    raise BadInput('give one of --prompt=TEXT, --prompts=FILE with one prompt per line, and --chat')
+    raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line, or --chat')
   if _CHAT.value:
     return _chat(workdir)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
