@@ -1,4 +1,5 @@
-"""Tries what a run promises: python -m launch.chaos corrupt --count=200, inputs --count=500, or kill --kills=20
+"""Tries what a run promises: python -m launch.chaos corrupt --count=200, inputs --count=500, kill --kills=20,
+or serve --minutes=5
 
 Ends with one JSON line; exit code 0 only when it says "ok": true.
 """
@@ -20,6 +21,7 @@ _COUNT = flags.DEFINE_integer(
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one
 _ONLY = flags.DEFINE_integer('only', None, 'inputs: of the same --count and --seed, only this one, and what it prints')
+_MINUTES = flags.DEFINE_float('minutes', 5.0, 'serve: how long clients trouble the server', 0.1)
 _SEED = flags.DEFINE_integer('seed', 0, 'another seed, other accidents')
 
 
@@ -61,7 +63,18 @@ def _inputs(folder: Path) -> dict[str, Any]:
   return inputs.inputs(_COUNT.value, _SEED.value, folder, functools.partial(print, flush=True), _ONLY.value)
 
 
-_VERBS = {'corrupt': _corrupt, 'inputs': _inputs, 'kill': _kill}
+def _serve(folder: Path) -> dict[str, Any]:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # an accelerator would not serve this process and the server's
+  from latent_loop import optional
+
+  for package in ('starlette', 'uvicorn'):
+    optional.load(package, 'server', 'launch.chaos serve')
+  from latent_loop.chaos import serve
+
+  return serve.serve(_MINUTES.value, _SEED.value, folder, functools.partial(print, flush=True))
+
+
+_VERBS = {'corrupt': _corrupt, 'inputs': _inputs, 'kill': _kill, 'serve': _serve}
 
 
 if __name__ == '__main__':

@@ -1,11 +1,13 @@
 """Continues prompts: python -m launch.generate --workdir=runs/tiny_text --prompt='def ' --depth=16
 
 --prompts=FILE has one prompt per line. --prompts=- reads JSON lines from standard input, such as {"prompt": "def ",
-"depth": 4, "seed": 1}, whose keys are the flags below, and answers each with a JSON line.
+"depth": 4, "seed": 1}, whose keys are the flags below, and answers each with a JSON line. --chat is a conversation in
+the terminal, where the background of a token shows its depth.
 """
 
 import dataclasses
 import json
+import os
 import sys
 
 from absl import flags
@@ -17,6 +19,7 @@ _PROMPT = flags.DEFINE_string('prompt', None, 'text to continue')
 _PROMPTS = flags.DEFINE_string(
   'prompts', None, 'file with one prompt per line, or - for JSON lines from standard input'
 )
+_CHAT = flags.DEFINE_bool('chat', False, 'a conversation instead of prompts')
 _CACHE = flags.DEFINE_string('cache', 'full', 'full, latest, ring:M or first:M: which depths share keys and values')
 _EXIT = flags.DEFINE_string(
   'exit', 'none', 'KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]], such as kl:5e-4: when a token has thought enough'
@@ -41,8 +44,10 @@ def main() -> int:
   from latent_loop.errors import BadInput
 
   workdir = program.workdir_of(_WORKDIR.value)
-  if (_PROMPT.value is None) == (_PROMPTS.value is None):
-    raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line')
+  if [_PROMPT.value is not None, _PROMPTS.value is not None, _CHAT.value].count(True) != 1:
+    raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line, or --chat')
+  if _CHAT.value:
+    return _chat(workdir)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
   from latent_loop import data, trained
 
@@ -58,6 +63,19 @@ def main() -> int:
   else:
     for one, text in zip(asked, _texts(tokenizer, engine, requests), strict=True):
       print(one['prompt'] + text)
+  return 0
+
+
+def _chat(workdir) -> int:
+  from latent_loop import data, trained
+  from latent_loop.serving import repl
+
+  model = trained.load(workdir)
+  tokenizer = data.make_tokenizer(model.config.data)
+  like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)
+  make = lambda tokens: dataclasses.replace(like, tokens=tokens)
+  shade = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+  repl.chat(trained.engine_of(model, **_way()), tokenizer, make, tuple(_STOP.value), shade)
   return 0
 
 
@@ -153,16 +171,13 @@ def _say_accepted(answers) -> None:
 
 def _type(tokenizer, engine, prompt: str, requests) -> None:
   """One answer, as it comes."""
-  from latent_loop.inference.text import text_of
+  from latent_loop.inference.text import Typist
 
-  shown, held = 0, max((len(stop) - 1 for stop in _STOP.value), default=0)  # the last letters may begin a stop string
+  typist = Typist(tokenizer, tuple(_STOP.value))
   print(prompt, end='', flush=True)
   for (answer,) in engine.stream(requests):
-    text, finish = text_of(tokenizer, answer, tuple(_STOP.value))
-    safe = len(text) if finish else max(len(text) - held, shown)
-    print(text[shown:safe], end='', flush=True)
-    shown = safe
-    if finish:
+    print(''.join(piece for piece, _ in typist.read(answer)), end='', flush=True)
+    if typist.finish:
       break
   print(flush=True)
   _say_accepted([answer])

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
-ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/tpu.txt
+ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/server.txt \
+  launch/requirements/tpu.txt
 
 ruff check .
 ruff format --check --quiet .

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from latent_loop.model.layers import Rows
 from latent_loop.report import lens as page
 from latent_loop.tokenizer import Bytes
 from latent_loop.tokenizer import utf8 as tokenizer
+from tests.browser import headless
 from tests.tiny import random_params, tiny_model
 
 PROMPT, R = '</script>\u00e9 <b>', 7
@@ -165,18 +165,8 @@ def test_numbers_that_are_not_finite_still_make_a_page(given, seen, tmp_path):
 
 @pytest.fixture(scope='module')
 def browser():
-  paths = shutil.which('chromium'), shutil.which('chromedriver')
-  if not all(paths):
-    pytest.skip('no chromium: apt-get install chromium chromium-driver')
-  webdriver = pytest.importorskip('selenium.webdriver')
-  options = webdriver.ChromeOptions()
-  options.binary_location = paths[0]
-  for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,900'):
-    options.add_argument(argument)
-  options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
-  yield driver
-  driver.quit()
+  with headless() as browser:
+    yield browser
 
 
 def errors(browser) -> list[str]:

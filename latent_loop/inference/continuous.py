@@ -52,7 +52,7 @@ def take_off(model: Model, params: Params, decoding: Decoding, asks: Asks) -> Fl
     'memory': Memory.empty(decoding.s_BTD[:, 0], model.cfg.vocab_size),
     'left_B': jnp.zeros((B,), bool),
   }
-  return _start_tokens(model, params, Flight(decoding, **fields), asks, jnp.arange(B), decoding.running_B)
+  return start_tokens(model, params, Flight(decoding, **fields), asks, jnp.arange(B), decoding.running_B)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'slots', 'window'), donate_argnames='flight')
@@ -106,10 +106,10 @@ def _next_tokens(model: Model, params: Params, flight: Flight, asks: Asks, windo
   this = dataclasses.replace(this, cache=dataclasses.replace(this.cache, coda=coda))
   this = emit(this, asks, logits_BV, flight.t_B, who_B)
   flight = dataclasses.replace(flight, decoding=this, left_B=flight.left_B & ~who_B)
-  return _start_tokens(model, params, flight, asks, rows_G, ready_G & this.running_B[rows_G])
+  return start_tokens(model, params, flight, asks, rows_G, ready_G & this.running_B[rows_G])
 
 
-def _start_tokens(
+def start_tokens(
   model: Model, params: Params, flight: Flight, asks: Asks, rows_G: jax.Array, who_G: jax.Array
 ) -> Flight:
   """The rows `who_G` of rows_G at depth 0 of their chosen token."""

@@ -162,13 +162,13 @@ def asks_of(requests: list[Request]) -> Asks:
     number('repetition_penalty'),
     whole('seed'),
   )
-  most = _round_up(max(len(r.stops) for r in requests), 4)
+  most = round_up(max(len(r.stops) for r in requests), 4)
   stops_BK = [[*r.stops, *[NO_TOKEN] * (most - len(r.stops))] for r in requests]
   warm_B = jnp.array([r.warm_start for r in requests], bool)
   return Asks(exits, sampling, whole('max_new_tokens'), jnp.array(stops_BK, jnp.int32), warm_B, number('state_scale'))
 
 
-def _round_up(number: int, smallest: int = _SMALLEST) -> int:
+def round_up(number: int, smallest: int = _SMALLEST) -> int:
   """The next power of two."""
   return max(smallest, 1 << (number - 1).bit_length() if number > 1 else 1)
 
@@ -235,7 +235,14 @@ class Engine:
     return decoding, lambda this: go_on(model, params, this, asks, turns, slots=slots)
 
   def answer_flying(self, requests: list[Request], window: int) -> list[Answer]:
-    """The same answers by continuous depth batching; `window` rows at a time start their next token."""
+    """The same answers by continuous depth batching; `window` rows at a time start their next token.
+
+    Raises BadInput where the engine decodes in another way.
+    """
+    _require(
+      self.speculate is None and self.wavefront is None,
+      '--speculate and --parallel go through a batch in step, and rows at different depths do not; choose one of them',
+    )
     asks, slots = asks_of(requests), self._class_of(requests)[0]
     window = min(window, len(requests))
     with jax.set_mesh(self.mesh):
@@ -273,7 +280,7 @@ class Engine:
         f'a prompt of {len(r.tokens)} tokens and --max_new_tokens={r.max_new_tokens} are more than {self.most_tokens} '
         'together, too far beyond the rows that the model was trained on; shorten one of them',
       )
-    width, new = _round_up(max(len(r.tokens) for r in requests)), _round_up(max(r.max_new_tokens for r in requests))
+    width, new = round_up(max(len(r.tokens) for r in requests)), round_up(max(r.max_new_tokens for r in requests))
     memory.check_cache(cache_bytes(self.model.cfg, slots, len(requests), width + new))
     return slots, width, new
 
@@ -303,15 +310,23 @@ def _decoding_of(state: State) -> Decoding:
   return state if isinstance(state, Decoding) else state.decoding
 
 
+def columns_of(decoding: Decoding) -> dict[str, np.ndarray]:
+  """What an answer is made of, on the host."""
+  names = ('count_B', 'running_B', 'tokens_BM', 'log_p_BM', 'depth_BM')
+  return jax.device_get({name: vars(decoding)[name] for name in names})
+
+
+def answer_of(columns: dict[str, np.ndarray], b: int, request: Request, **counts: int) -> Answer:
+  """The answer so far of row b."""
+  count = columns['count_B'][b]
+  tokens, log_probs, depths = (columns[name][b, :count].tolist() for name in ('tokens_BM', 'log_p_BM', 'depth_BM'))
+  finish = 'stop' if tokens[-1] in request.stops else 'length'
+  return Answer(tokens, log_probs, depths, None if columns['running_B'][b] else finish, **counts)
+
+
 def _answers(state: State, requests: list[Request]) -> list[Answer]:
   decoding = _decoding_of(state)
   counts = {} if state is decoding else jax.device_get(state.counts)
-  names = ('count_B', 'running_B', 'tokens_BM', 'log_p_BM', 'depth_BM')
-  count_B, running_B, *columns = jax.device_get([vars(decoding)[name] for name in names])
-  answers = []
-  for b, request in enumerate(requests):
-    tokens, log_probs, depths = (column_BM[b, : count_B[b]].tolist() for column_BM in columns)
-    finish = 'stop' if tokens[-1] in request.stops else 'length'
-    ours = {name: int(count_B[b]) for name, count_B in counts.items()}
-    answers.append(Answer(tokens, log_probs, depths, None if running_B[b] else finish, **ours))
-  return answers
+  columns = columns_of(decoding)
+  ours = lambda b: {name: int(count_B[b]) for name, count_B in counts.items()}
+  return [answer_of(columns, b, request, **ours(b)) for b, request in enumerate(requests)]

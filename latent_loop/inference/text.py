@@ -28,3 +28,30 @@ def text_of(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -
     text = text.rstrip(_BROKEN)
   ends = [at for stop in stops if (at := text.find(stop)) >= 0]
   return (text[: min(ends)], 'stop') if ends else (text, answer.finish)
+
+
+class Typist:
+  """An answer as it comes, in pieces of text that nothing later can change.
+
+  A character that is not whole yet is held back, and so are letters that may begin a stop string.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
+    self.finish: str | None = None  # 'stop' also once a stop string is found
+    self._tokenizer, self._stops = tokenizer, stops
+    self._held = max((len(stop) - 1 for stop in stops), default=0)
+    self._shown, self._ends = 0, []
+
+  def read(self, answer: Answer) -> list[tuple[str, int]]:
+    """(text, the index of the token that made it whole) of what is new. answer: all so far."""
+    for i in range(len(self._ends), len(answer.tokens)):
+      self._ends.append(len(self._tokenizer.decode(answer.tokens[: i + 1]).rstrip(_BROKEN)))
+    text, self.finish = text_of(self._tokenizer, answer, self._stops)
+    safe = len(text) if self.finish else max(len(text) - self._held, self._shown)
+    pieces, last = [], len(self._ends) - 1
+    for i, end in enumerate(self._ends):
+      end = safe if i == last else min(end, safe)  # what stays broken is the last one's
+      if end > self._shown:
+        pieces.append((text[self._shown : end], i))
+        self._shown = end
+    return pieces

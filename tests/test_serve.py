@@ -1,0 +1,360 @@
+"""The server, driven by OpenAI's own client: answers are the engine's, a client's leaving or nonsense hurts nobody."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from latent_loop.chaos import serve as chaos
+from latent_loop.inference.board import Board
+from latent_loop.inference.engine import Answer, Engine, ExitRule, Request
+from latent_loop.inference.text import Typist, request_of, text_of
+from latent_loop.serving import repl, server
+from latent_loop.serving.app import MAX_BODY_BYTES
+from latent_loop.serving.fields import Limits
+from latent_loop.serving.messages import STOPS
+from latent_loop.tokenizer import Bytes
+from latent_loop.tokenizer import utf8 as tokenizer
+from tests.browser import headless
+from tests.tiny import mesh_of, random_params, tiny_model
+
+openai = pytest.importorskip('openai', reason='the client is in launch/requirements/dev.txt')
+pytestmark = pytest.mark.slow
+
+LIMITS = Limits('tiny', depth=3, max_depth=64, max_total_tokens=2048)
+SLOTS, QUEUE, LONG = 2, 3, 1900
+
+
+@pytest.fixture(scope='module')
+def engine():
+  model = tiny_model(**{'model.vocab_size': tokenizer.VOCAB_SIZE})
+  return Engine(model, jax.tree.map(jnp.asarray, random_params(model)), mesh_of(), 'ring:1')
+
+
+@pytest.fixture(scope='module')
+def running(engine):
+  """(URL, scheduler)."""
+  board = Board(engine, SLOTS, LIMITS.max_depth, LIMITS.max_total_tokens)
+  with server.in_background(board, Bytes(), LIMITS, QUEUE) as (url, scheduler):
+    yield url, scheduler
+
+
+@pytest.fixture(scope='module')
+def client(running):
+  with openai.OpenAI(base_url=f'{running[0]}/v1', api_key='none', max_retries=0, timeout=60) as client:
+    yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(running):
+  """After every test all slots are free and nothing waits."""
+  yield
+  until_idle(running[1])
+
+
+def until_idle(scheduler):
+  deadline = time.monotonic() + 10
+  while scheduler.load() != {'slots': SLOTS, 'busy': 0, 'queued': 0}:
+    assert time.monotonic() < deadline, scheduler.load()
+    time.sleep(0.01)
+
+
+def ask(client, prompt='ab', max_tokens=40, **options):
+  """OpenAI's fields by name, ours through extra_body."""
+  ours = {name: options.pop(name) for name in ('depth', 'exit', 'warm_start', 'top_k', 'min_p') if name in options}
+  return client.completions.create(
+    **{'model': 'tiny', 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': 0, 'extra_body': ours, **options}
+  )
+
+
+def want(engine, prompt='ab', max_new_tokens=40, **options):
+  (answer,) = engine.answer([request_of(Bytes(), prompt, **{'depth': 3, 'max_new_tokens': max_new_tokens, **options})])
+  return answer
+
+
+def test_a_completion_is_what_the_engine_answers(client, engine):
+  ours = {'depth': 5, 'exit': 'latent-diff:0.6', 'top_k': 9, 'min_p': 0.01}
+  got = ask(client, temperature=0.8, top_p=0.9, seed=4, logprobs=1, **ours)
+  ours['exit'] = ExitRule.parse(ours['exit'])
+  answer = want(engine, temperature=0.8, top_p=0.9, seed=4, **ours)
+  (choice,) = got.choices
+  assert choice.text == text_of(Bytes(), answer)[0] and choice.finish_reason == answer.finish
+  assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (3, len(answer.tokens))
+  assert got.usage.iterations == sum(answer.depths) and got.usage.mean_depth < 5
+  if len(choice.logprobs.token_logprobs) == len(answer.tokens):  # no two tokens made one character
+    assert choice.logprobs.token_logprobs == pytest.approx(answer.log_probs, abs=1e-5)
+
+
+def test_a_stream_brings_the_same_text_in_pieces_each_with_its_depth(client, engine):
+  options = {'exit': 'latent-diff:0.6', 'depth': 5}
+  whole = ask(client, **options)
+  chunks = list(ask(client, stream=True, stream_options={'include_usage': True}, **options))
+  *texts, last = chunks
+  assert ''.join(chunk.choices[0].text for chunk in texts) == whole.choices[0].text and len(texts) > 2
+  assert [chunk.choices[0].finish_reason for chunk in texts] == [None] * (len(texts) - 1) + ['length']
+  assert last.choices == [] and last.usage == whole.usage
+  pairs = [pair for chunk in texts for pair in chunk.choices[0].depths]
+  assert pairs == whole.choices[0].depths and ''.join(piece for piece, _ in pairs) == whole.choices[0].text
+  assert len({depth for _, depth in pairs}) > 1
+
+
+def test_a_chat_is_a_completion_of_its_messages(client):
+  messages = [{'role': 'system', 'content': 'be brief '}, {'role': 'user', 'content': ' hi'}]
+  options = {'model': 'tiny', 'temperature': 0, 'seed': 3}
+  chat = client.chat.completions.create(messages=messages, max_completion_tokens=9, **options)
+  plain = ask(client, 'system: be brief\nuser: hi\nassistant:', 9, seed=3)
+  assert chat.choices[0].message.content == plain.choices[0].text and chat.choices[0].message.role == 'assistant'
+  assert chat.usage == plain.usage
+  chunks = list(client.chat.completions.create(messages=messages, max_tokens=9, stream=True, **options))
+  assert ''.join(chunk.choices[0].delta.content for chunk in chunks) == plain.choices[0].text
+  assert [chunk.choices[0].delta.role for chunk in chunks] == ['assistant'] + [None] * (len(chunks) - 1)
+
+
+def test_two_at_once_at_different_depths_do_not_meet(client, engine):
+  """More than there are slots, each with another depth."""
+  depths, got = [1, 30, 7, 3], {}
+
+  def one(depth):
+    got[depth] = ask(client, depth=depth, seed=depth)
+
+  threads = [threading.Thread(target=one, args=(depth,)) for depth in depths]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  for depth in depths:
+    answer = want(engine, depth=depth, seed=depth)
+    assert got[depth].choices[0].text == text_of(Bytes(), answer)[0] and got[depth].usage.mean_depth == depth
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_slot(client, engine):
+  text = text_of(Bytes(), want(engine, max_new_tokens=60))[0]
+  stop = text[20:23]
+  for got in (ask(client, max_tokens=LONG, stop=stop), ask(client, max_tokens=LONG, stop=[stop, 'not there'])):
+    assert got.choices[0].text == text[: text.index(stop)] and got.choices[0].finish_reason == 'stop'
+    assert got.usage.completion_tokens < 100
+  chunks = list(ask(client, max_tokens=LONG, stop=stop, stream=True))
+  assert ''.join(chunk.choices[0].text for chunk in chunks) == text[: text.index(stop)]
+
+
+def test_a_client_that_leaves_frees_its_slot(client, running):
+  scheduler = running[1]
+  stream = ask(client, max_tokens=LONG, depth=64, stream=True)
+  next(iter(stream))
+  assert scheduler.load()['busy'] == 1
+  stream.close()
+  until_idle(scheduler)
+  with pytest.raises(openai.APITimeoutError):
+    ask(client, max_tokens=LONG, depth=64, timeout=0.2)
+  until_idle(scheduler)
+
+
+def test_a_full_queue_says_when_to_come_again(client, running):
+  with contextlib.ExitStack() as stack:
+    sockets = [stack.enter_context(contextlib.closing(http.client.HTTPConnection(running[0][7:]))) for _ in range(5)]
+    for connection in sockets:
+      body = {'prompt': 'a', 'max_tokens': LONG, 'depth': 64}
+      connection.request('POST', '/v1/completions', json.dumps(body), {'content-type': 'application/json'})
+    while running[1].load() != {'slots': SLOTS, 'busy': SLOTS, 'queued': QUEUE}:
+      time.sleep(0.01)
+    with pytest.raises(openai.RateLimitError, match='2 answers are being made and 3 wait') as caught:
+      ask(client)
+    assert caught.value.response.headers['retry-after'] == '1'
+    assert post(running[0], '/health', None)[1]['queued'] == QUEUE
+    for connection in sockets[SLOTS:]:
+      connection.close()
+    while running[1].load()['queued']:
+      time.sleep(0.01)
+    assert running[1].load()['busy'] == SLOTS  # those that left the queue did not wait for a slot first
+
+
+def post(url, path, body, headers=None):
+  """(status, the JSON that came)."""
+  with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=30)) as connection:
+    connection.request('GET' if body is None else 'POST', path, body, headers or {})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+@pytest.mark.parametrize(
+  'body,words',
+  [
+    (b'{"prompt": ', 'the body is not JSON'),
+    (b'\xff\xfe{}', 'the body is not JSON'),
+    (b'[' * 100_000, 'the body is not JSON'),
+    (b'[1]', 'the body is no object'),
+    (b'{}', 'prompt is missing'),
+    ({'prompt': 'a', 'n': 2}, 'n=2: this server knows only 1'),
+    ({'prompt': 'a', 'dept': 2}, "'dept': this server has no such field; it has best_of, depth"),
+    ({'prompt': 'a', 'depth': 2.5}, 'depth=2.5: the rule is a whole number'),
+    ({'prompt': 'a', 'depth': True}, 'depth=true: the rule is a whole number'),
+    ({'prompt': 'a', 'depth': 65}, 'depth=65 is above 64'),
+    ({'prompt': 'a', 'depth': 10**30}, 'depth=1000000000000000000000000000000 is out of range'),
+    ({'prompt': 'a', 'exit': 'klx'}, "exit='klx': no such criterion; choose one of kl"),
+    ({'prompt': 'a', 'temperature': 'hot'}, 'temperature="hot": the rule is a number'),
+    (b'{"prompt": "a", "temperature": NaN}', 'temperature=nan: not a number from 0'),
+    ({'prompt': 'a', 'max_tokens': 0}, 'max_tokens=0 is out of range'),
+    ({'prompt': 'a' * 2000, 'max_tokens': 128}, 'a prompt of 2001 tokens and max_tokens=128 are more than the 2048'),
+    ({'prompt': ['a', 'b']}, 'a request for each of several prompts'),
+    ({'prompt': [3, 264]}, 'the model knows 0 to 263'),
+    ({'prompt': [3, -1]}, 'the model knows 0 to 263'),
+    ({'prompt': []}, 'it has no tokens'),
+    ({'prompt': '\ud800'}, 'not UTF-8 text'),
+    ({'prompt': 'a', 'stop': ['']}, 'none empty'),
+    ({'prompt': 'a', 'logprobs': 5}, 'of the chosen tokens only'),
+    ({'prompt': 'a', 'stream_options': {'include_usage': 3}}, 'include_usage=3: the rule is true or false'),
+  ],
+)
+def test_nonsense_is_refused_in_a_sentence(running, body, words):
+  body = body if isinstance(body, bytes) else json.dumps(body)
+  status, answer = post(running[0], '/v1/completions', body)
+  assert status == 400 and answer['error']['type'] == 'invalid_request_error'
+  assert words in answer['error']['message'] and '--' not in answer['error']['message']
+
+
+def test_what_there_is_not_is_said_by_its_status(client, running):
+  url = running[0]
+  bad_messages = [[], [3], [{'role': 'x', 'content': 'a'}], [{'role': 'user', 'content': [{'type': 'image'}]}]]
+  for messages in bad_messages:
+    status, answer = post(url, '/v1/chat/completions', json.dumps({'messages': messages}))
+    assert status == 400 and answer['error']['message'].startswith('messages')
+  with pytest.raises(openai.NotFoundError, match="the one model here is 'tiny'"):
+    ask(client, model='gpt')
+  assert post(url, '/v2', None)[0] == 404 and post(url, '/v1/completions', None)[0] == 405
+  assert post(url, '/v1/completions', b' ' * (MAX_BODY_BYTES + 1))[0] == 413
+  pieces = iter([b' ' * 2**19] * 3)  # of no stated length
+  assert post(url, '/v1/completions', pieces)[0] == 413
+  assert [model.id for model in client.models.list()] == ['tiny']
+  assert post(url, '/health', None)[1]['slots'] == SLOTS
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    with pytest.raises(server.BadInput, match='cannot listen there'):
+      server.listen('127.0.0.1', taken.getsockname()[1])
+
+
+def test_pieces_are_the_text_and_nothing_is_taken_back():
+  """Whole characters, no letter of a stop string, wherever the answer is cut."""
+  text = 'a\u00e9-\u20ac stops here'
+  tokens = [*text.encode(), 0xE2]
+  answer = lambda n, finish: Answer(tokens[:n], [0.0] * n, list(range(n)), finish)
+  for step in (1, 2, 5):
+    typist, pieces = Typist(Bytes(), ('never', 'stop!')), []
+    for n in range(step, len(tokens), step):
+      pieces += typist.read(answer(n, None))
+      assert text.startswith(''.join(piece for piece, _ in pieces))
+    pieces += typist.read(answer(len(tokens), 'length'))
+    assert ''.join(piece for piece, _ in pieces) == text + '\ufffd' and typist.finish == 'length'
+    by_token = {i: piece for piece, i in pieces}
+    assert by_token[0] == 'a' and by_token[2] == '\u00e9' and by_token[6] == '\u20ac' and 1 not in by_token
+  typist = Typist(Bytes(), ('stop',))
+  assert ''.join(piece for n in range(1, 13) for piece, _ in typist.read(answer(n, None))) == 'a\u00e9-\u20ac '
+  assert typist.finish == 'stop'
+
+
+# --- for a person -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_chat_shades_by_depth_stops_and_goes_on(engine, monkeypatch, capsys):
+  lines = iter(['hi', KeyboardInterrupt(), '', 'more', '/new', 'hi', '/quit'])
+
+  def read(prompt):
+    if isinstance(line := next(lines), str):
+      return line
+    raise line
+
+  prompts = []
+
+  def make(tokens):
+    prompts.append(tokenizer.decode(tokens))
+    return Request(tokens, 3, 40, stops=(tokenizer.EOS,), seed=len(prompts))
+
+  monkeypatch.setattr('builtins.input', read)
+  repl.chat(engine, Bytes(), make, (), shade=False)
+  said = capsys.readouterr().out
+  answer = want(engine, 'user: hi\nassistant:', seed=1)
+  first = text_of(Bytes(), answer, STOPS)[0]
+  assert prompts[0] == prompts[2] == 'user: hi\nassistant:'
+  assert prompts[1] == f'user: hi\nassistant: {first.strip()}\nuser: more\nassistant:'
+  assert said.count('Ctrl-C stops an answer') == 2 and said.count('3.0 of 3 iterations each') == 3
+  assert '\033' not in said and repl.shaded('a\n', 1, 9) == '\033[38;5;16;48;5;255ma\033[0m\n'
+  assert repl.shaded('\x1b[2J', 9, 9) == '\033[38;5;16;48;5;241m\\x1b[2J\033[0m'
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with headless() as browser:
+    yield browser
+
+
+def test_the_chat_page_talks_and_shades_every_token_by_its_depth(browser, running):
+  from selenium.webdriver import Keys
+
+  find = lambda css: browser.find_elements('css selector', css)
+  slide = 'const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event("input"))'
+  notes = lambda: [note.text for note in find('.assistant .note')]
+
+  def wait(done):
+    deadline = time.monotonic() + 20
+    while not done():
+      assert time.monotonic() < deadline, find('#log')[0].text
+      time.sleep(0.02)
+
+  browser.get(running[0])
+  wait(lambda: find('#depth')[0].get_attribute('max') == '64')
+  assert find('#depth_shown')[0].text == '3'
+  browser.execute_script(slide, 'depth', 6)
+  browser.execute_script(slide, 'exit', 9)
+  find('#say')[0].send_keys('hello <b>', Keys.ENTER)
+  wait(lambda: notes())
+  assert find('.user')[0].text == 'hello <b>' and find('#exit_shown')[0].text == '1e-1'
+  shades = [float(token.get_attribute('style').split(':')[1].strip(' ;')) for token in find('.assistant .token')]
+  depths = [int(token.get_attribute('title').split()[0]) for token in find('.assistant .token')]
+  assert shades == pytest.approx([(depth - 1) / 5 for depth in depths]) and len(set(depths)) > 1 and max(depths) <= 6
+  assert re.fullmatch(r'128 tokens, \d\.\d iterations each on average', notes()[0])
+  browser.execute_script(slide, 'depth', 64)
+  browser.execute_script(slide, 'exit', 0)
+  find('#say')[0].send_keys('more', Keys.ENTER)
+  wait(lambda: len(find('.assistant .token')) > len(depths))
+  find('#send')[0].click()
+  wait(lambda: len(notes()) == 2)
+  assert notes()[1] == 'stopped'
+  assert browser.execute_script('return messages.map(m => m.role)') == ['user', 'assistant'] * 2
+  find('#say')[0].send_keys('x' * 2100, Keys.ENTER)
+  wait(lambda: find('.error'))
+  assert 'more than the 2048 tokens' in find('.error')[0].text
+  assert [e for e in browser.get_log('browser') if e['level'] == 'SEVERE' and '400' not in e['message']] == []
+  find('#fresh')[0].click()
+  assert find('#log')[0].text == ''
+
+
+def test_twenty_seconds_of_trouble_leave_nothing_behind(tmp_path, monkeypatch):
+  """launch.chaos serve, shorter: its programs compile without optimization, on one device."""
+  quick = [flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag]
+  monkeypatch.setenv('XLA_FLAGS', ' '.join(quick))
+  result = chaos.serve(20 / 60, 0, tmp_path, print)
+  assert result['ok'], result
+
+
+def test_the_trial_sees_a_wrong_answer(engine, running):
+  """A fault is one: of text, of status."""
+  noted = []
+  client = chaos._Client(int(running[0].rpartition(':')[2]), [], [], None, lambda *what: noted.append(what))
+  body = {'prompt': 'a', 'max_tokens': 3, 'depth': 3, 'temperature': 0, 'seed': 0}
+  client._bodies, client._dice = [body], random.Random(0)
+  right = text_of(Bytes(), want(engine, 'a', 3))[0]
+  for client._want in ([right], ['other']):
+    client.finish(body)
+  assert (
+    [kind for kind, *_ in noted] == ['finished', 'finished'] and noted[0][1] is None and 'the engine' in noted[1][1]
+  )
