@@ -103,13 +103,18 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights, packing."""
+  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights,
+  packing; parquet reads paths, weights, column, bos, tokenizer.
+  """
 
   source: str = 'embedded_text'
   seq_len: int = 256
-  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote
+  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; of parquet files of token ids
   weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
+  column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
+  bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
+  tokenizer: str = ''  # path of their tokenizer.json, to read and write text; '' = no samples
   min_difficulty: int = 1
   max_difficulty: int = 8
   validation_fraction: float = 0.05
@@ -129,8 +134,9 @@ class DataConfig:
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
     )
     _require(
-      bool(self.paths) == (self.source == 'prepared'),
-      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" only',
+      bool(self.paths) == (self.source in ('prepared', 'parquet')),
+      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" or '
+      '"parquet" only',
     )
     _require(
       not self.weights or (len(self.weights) == len(self.paths) and min(self.weights) > 0),

@@ -259,8 +259,9 @@ def finish(this: Run) -> None:
   numbers = evaluate(this, total)
   done = trained.Trained(this.config, this.model, this.state.averaged_params, this.mesh, total)
   paths = []
-  if this.config.eval.sample_tokens:
-    paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
+  prompts = this.source.prompts() if this.config.eval.sample_tokens else []
+  if prompts:
+    paths.append(trained.write_samples(done, this.workdir, prompts))
   if jax.process_index() == 0:
     paths += trained.write_depth_report(done, this.workdir, numbers)
     say('\n'.join(depth_eval.table(numbers)))

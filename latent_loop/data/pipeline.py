@@ -14,16 +14,21 @@ from latent_loop.batch import Batch
 from latent_loop.data import Rows
 from latent_loop.data.mixture import Mixture, Woven
 from latent_loop.data.packing import stack
+from latent_loop.data.parquet import ParquetRows
+from latent_loop.data.windows import Windows
 
 
 def make_order(rows: Rows, seed: int) -> Sequence[int]:
   """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights."""
   if isinstance(rows, Mixture):
-    return Woven([_shuffled(part, seed + i) for i, part in enumerate(rows.parts)], rows.weights)
-  return _shuffled(range(len(rows)), seed)
+    parts = enumerate(zip(rows.sources, rows.parts, strict=True))
+    return Woven([_shuffled(source, part, seed + i) for i, (source, part) in parts], rows.weights)
+  return _shuffled(rows, range(len(rows)), seed)
 
 
-def _shuffled(ids: range, seed: int) -> Sequence[int]:
+def _shuffled(source: Rows, ids: range, seed: int) -> Sequence[int]:
+  if isinstance(source, ParquetRows):
+    return Windows([ids[block.start : block.stop] for block in source.blocks], seed % 2**32)
   return grain.MapDataset.source(ids).seed(seed % 2**32).shuffle().repeat()
 
 
