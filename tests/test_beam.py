@@ -12,19 +12,9 @@ from latent_loop.errors import BadInput
 from latent_loop.prepare import beam, inputs, run
 from latent_loop.shards import manifest, records
 from tests.reading_path import ROOT
-from tests.test_prepare import Killed, bytes_of, request_of, write_corpus
+from tests.test_prepare import Killed, bytes_of, command_of, request_of, write_corpus
 
 _UNIT_BYTES, _SHARD_BYTES = 6_000, 30_000  # so small that a little text makes many
-_PROGRAM = f"""
-import json, sys
-from pathlib import Path
-from latent_loop.prepare import filters, inputs, run
-
-inputs._LEAST_UNIT_BYTES, run.SHARD_BYTES = {_UNIT_BYTES}, {_SHARD_BYTES}
-values = json.loads(sys.argv[1])
-values['limits'], values['output'] = filters.Limits(**values['limits']), Path(values['output'])
-run.prepare(run.Request(**values), print)
-"""
 
 
 @pytest.fixture(scope='module')
@@ -41,11 +31,11 @@ def small_pieces(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def python() -> Path:
+def python() -> str:
   """The Python of Beam's environment, which the first run in a checkout installs: half a minute."""
   env = {**os.environ, 'PIP_NO_COMPILE': '0'}  # 0 is yes, to pip; most of it is never imported
   subprocess.run(['bash', 'launch/beam.sh', '--help'], cwd=ROOT, env=env, check=True, capture_output=True)
-  return ROOT / '.venv_beam' / 'bin' / 'python'
+  return str(ROOT / '.venv_beam' / 'bin' / 'python')
 
 
 def begun(request: run.Request, monkeypatch) -> None:
@@ -72,8 +62,7 @@ def test_beam_writes_the_bytes_of_a_local_run_also_where_one_was_begun(
     request = request_of(corpus, tmp_path / name, runner='DirectRunner')
     if name == 'begun':
       begun(dataclasses.replace(request, runner='local'), monkeypatch)
-    values = json.dumps({**dataclasses.asdict(request), 'output': str(request.output)})
-    subprocess.run([python, '-c', _PROGRAM, values], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command_of(request, _UNIT_BYTES, _SHARD_BYTES, python), cwd=ROOT, check=True, capture_output=True)
     found = bytes_of(request.output)
     manifests = [json.loads(files.pop(manifest.NAME)) for files in (found, dict(expected))]
     for one in manifests:
