@@ -112,6 +112,7 @@ class DataConfig:
   paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; of parquet files of token ids
   weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
+  read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
   column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
   bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
   tokenizer: str = ''  # path of their tokenizer.json, to read and write text; '' = no samples
@@ -127,6 +128,7 @@ class DataConfig:
       f'config.data.min_difficulty={self.min_difficulty} and max_difficulty={self.max_difficulty} '
       'must satisfy 1 <= min <= max',
     )
+    _require(1 <= self.read_threads <= 256, f'config.data.read_threads={self.read_threads} must lie between 1 and 256')
     most = self.max_difficulty
     _require(most <= 1000, f'config.data.max_difficulty={most} is above 1000; no task is that hard, lower it')
     _require(

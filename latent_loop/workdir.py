@@ -17,7 +17,7 @@ from latent_loop.storage import Path
 # parameter is. All others decide the run, and a change of them is refused.
 # Data on a disk may move: its content is in the fingerprint of the data.
 SAFE = (
-  'mesh.', 'data.paths', 'data.tokenizer', 'depth.', 'log.', 'eval.', 'checkpoint.', 'guard.',
+  'mesh.', 'data.paths', 'data.tokenizer', 'data.read_threads', 'depth.', 'log.', 'eval.', 'checkpoint.', 'guard.',
   'model.remat', 'model.attention', 'train.num_microbatches', 'train.loss_chunk',
 )  # fmt: skip
 

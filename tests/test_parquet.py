@@ -102,7 +102,9 @@ def test_two_steps_of_training_without_preparation(folder, tmp_path):
 def test_one_host_and_two_read_the_same_batches(folder):
   rows = rows_of(folder)
   whole, parts = Batches(rows, 5, BATCH), [Batches(rows_of(folder), 5, BATCH, mine) for mine in (range(4), range(4, 8))]
+  many = Batches(rows_of(folder), 5, BATCH, threads=5)
   for step in (9, 2):
+    assert many.batch(step).hash() == whole.batch(step).hash()
     pieces = [part.batch(step).tokens_BT for part in parts]
     assert (whole.batch(step).tokens_BT == np.concatenate(pieces)).all()
 

@@ -4,6 +4,7 @@ Every process sees the same global order and builds only its own rows of each ba
 depend on the number of hosts.
 """
 
+import concurrent.futures
 import hashlib
 from collections.abc import Sequence
 
@@ -35,10 +36,11 @@ def _shuffled(source: Rows, ids: range, seed: int) -> Sequence[int]:
 class Batches:
   """Random access to the batches of one split, reshuffled each epoch."""
 
-  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
-    """mine: which rows of each global batch to build; None = all."""
+  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None, threads: int = 1):
+    """mine: which rows of each global batch to build; None = all. threads: how many of them are read at once."""
     self._rows, self._order = rows, make_order(rows, seed)
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
+    self._map = concurrent.futures.ThreadPoolExecutor(threads).map if threads > 1 else map
 
   def row_ids(self, step: int) -> list[int]:
     """Which rows this process builds at `step`."""
@@ -46,7 +48,7 @@ class Batches:
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack([self._rows[i] for i in self.row_ids(step)])
+    return stack(list(self._map(self._rows.__getitem__, self.row_ids(step))))
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""

@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import itertools
 import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ class RowGroups:
     self._column, self._row_tokens, self._vocab_size = column, row_tokens, vocab_size
     self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     self._kept: dict[int, np.ndarray] = {}  # oldest first
+    self._lock = threading.Lock()  # pyarrow reads one group by several threads of its own
     self.groups: list[Group] = []
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -50,13 +52,14 @@ class RowGroups:
   def __getitem__(self, row: int) -> np.ndarray:
     """The ids of a row, [row_tokens]."""
     k = bisect.bisect_right(self.begins, row) - 1
-    if k in self._kept:
-      self._kept[k] = self._kept.pop(k)  # now the newest
-    else:
-      self._kept[k] = self._read(self.groups[k])
-      while len(self._kept) > 1 and sum(rows.nbytes for rows in self._kept.values()) > _KEPT_BYTES:
-        del self._kept[next(iter(self._kept))]
-    return self._kept[k][row - self.begins[k]]
+    with self._lock:
+      if k in self._kept:
+        self._kept[k] = self._kept.pop(k)  # now the newest
+      else:
+        self._kept[k] = self._read(self.groups[k])
+        while len(self._kept) > 1 and sum(rows.nbytes for rows in self._kept.values()) > _KEPT_BYTES:
+          del self._kept[next(iter(self._kept))]
+      return self._kept[k][row - self.begins[k]]
 
   def _open(self, path: str, digest) -> list[Group]:
     """The row groups of a file, by its footer; reads those that the footer says hold something else."""
