@@ -1,7 +1,6 @@
 """How fast batches are made, against what the step of training reads, and how fast text is prepared, in what memory."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -85,17 +84,31 @@ def prepare(megabytes: list[int], tokenizer: str, processes: int, say: Callable[
       num_bytes = _write_text(Path(folder) / 'in.jsonl', size * 10**6)
       flags = [f'--input={folder}/in.jsonl', f'--output={folder}/out', f'--tokenizer={tokenizer}']
       command = [sys.executable, '-m', 'launch.prepare_data', *flags, f'--processes={processes}']
-      start = time.perf_counter()
-      process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-      _, status, usage = os.wait4(process.pid, 0)  # of the largest of all its processes, and the time of all
-      process.returncode, seconds = os.waitstatus_to_exitcode(status), time.perf_counter() - start
-      if process.returncode:
-        raise BadInput(f'launch.prepare_data ended with {process.returncode}; what it said stands above')
+      seconds, cpu, peak_kib = _usage_of(command)
       body = json.loads((Path(folder) / 'out' / 'manifest.json').read_text())
-      tokens, cpu = sum(shard['tokens'] for shard in body['shards']), usage.ru_utime + usage.ru_stime
+      tokens = sum(shard['tokens'] for shard in body['shards'])
       yield {'mode': 'prepare', 'megabytes': num_bytes / 1e6, 'tokenizer': tokenizer, 'processes': processes,
              'seconds': seconds, 'megabytes_per_second_per_core': num_bytes / 1e6 / cpu,
-             'tokens_per_second_per_core': tokens / cpu, 'peak_mib_of_a_process': usage.ru_maxrss / 1024}  # fmt: skip
+             'tokens_per_second_per_core': tokens / cpu, 'peak_mib_of_a_process': peak_kib / 1024}  # fmt: skip
+
+
+# A new process inherits the peak of the one that starts it, and we are large: a small one stands between.
+_MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+
+
+def _usage_of(command: list[str]) -> tuple[float, float, int]:
+  """(seconds, CPU seconds of all its processes, KiB of the largest at its peak); raises BadInput when it fails."""
+  measured = subprocess.run([sys.executable, '-c', _MEASURE, *command], stdout=subprocess.PIPE, check=True)
+  code, *usage = json.loads(measured.stdout)
+  if code:
+    raise BadInput(f'{" ".join(command[1:])}: ended with {code}; what it said stands above')
+  return tuple(usage)
 
 
 def _write_text(path: Path, num_bytes: int) -> int:

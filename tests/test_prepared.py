@@ -159,7 +159,7 @@ def test_the_benchmark_counts_a_request_for_every_record_and_compares_with_the_s
 
 def test_the_benchmark_of_preparation_counts_what_was_prepared():
   (line,) = benchmark_data.prepare([1], 'bytes', 1, lambda text: None)
-  assert 1 <= line['megabytes'] < 1.01 and line['peak_mib_of_a_process'] > 20
+  assert 1 <= line['megabytes'] < 1.01 and 20 < line['peak_mib_of_a_process'] < 200
   assert line['tokens_per_second_per_core'] >= 0.95 * 1e6 * line['megabytes_per_second_per_core']
 
 
