@@ -15,6 +15,7 @@ import numpy as np
 from latent_loop import data
 from latent_loop.config import Config
 from latent_loop.data.mixture import Mixture
+from latent_loop.data.parquet import ParquetRows
 from latent_loop.data.pipeline import Batches
 from latent_loop.data.prepared import PreparedRows
 from latent_loop.errors import BadInput
@@ -34,8 +35,8 @@ class Start:
 
 def audit(config: Config, hosts: list[int], epochs: int, workdir: Path | None, say: Callable[[str], None]) -> list[str]:
   """Says what holds and returns a sentence for every fault. workdir: also compare with what that run recorded."""
-  if config.data.source != 'prepared':
-    raise BadInput(f'config.data.source={config.data.source!r}: only prepared data has an index to replay')
+  if config.data.source not in ('prepared', 'parquet'):
+    raise BadInput(f'config.data.source={config.data.source!r}: only prepared and parquet data have an index to replay')
   size = config.train.batch_size
   for count in hosts:
     if count < 1 or size % count:
@@ -105,8 +106,13 @@ def check_order(rows: data.Rows, ids: np.ndarray, epochs: int) -> list[str]:
   return faults
 
 
-def check_rows(path: str, rows: PreparedRows, say: Callable[[str], None]) -> list[str]:
+def check_rows(path: str, rows: PreparedRows | ParquetRows, say: Callable[[str], None]) -> list[str]:
   """Whether every token of `rows` but the first of a document is a target once; says what packing costs."""
+  if isinstance(rows, ParquetRows):
+    say(
+      f'{path}: {len(rows):,} rows in {len(rows.blocks):,} row groups; each is used as it is, so packing loses nothing'
+    )
+    return []
   spans = np.array([span for i in range(len(rows)) for span in rows.layout.spans(i)], np.int64).reshape(-1, 2)
   ends = np.concatenate(list(rows.stream.document_ends()))
   starts = np.concatenate([[0], ends[:-1]])

@@ -103,13 +103,19 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights, packing."""
+  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights,
+  packing; parquet reads paths, weights, column, bos, tokenizer.
+  """
 
   source: str = 'embedded_text'
   seq_len: int = 256
-  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote
+  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; of parquet files of token ids
   weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
+  read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
+  column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
+  bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
+  tokenizer: str = ''  # path of their tokenizer.json, to read and write text; '' = no samples
   min_difficulty: int = 1
   max_difficulty: int = 8
   validation_fraction: float = 0.05
@@ -122,6 +128,7 @@ class DataConfig:
       f'config.data.min_difficulty={self.min_difficulty} and max_difficulty={self.max_difficulty} '
       'must satisfy 1 <= min <= max',
     )
+    _require(1 <= self.read_threads <= 256, f'config.data.read_threads={self.read_threads} must lie between 1 and 256')
     most = self.max_difficulty
     _require(most <= 1000, f'config.data.max_difficulty={most} is above 1000; no task is that hard, lower it')
     _require(
@@ -129,8 +136,9 @@ class DataConfig:
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
     )
     _require(
-      bool(self.paths) == (self.source == 'prepared'),
-      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" only',
+      bool(self.paths) == (self.source in ('prepared', 'parquet')),
+      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" or '
+      '"parquet" only',
     )
     _require(
       not self.weights or (len(self.weights) == len(self.paths) and min(self.weights) > 0),

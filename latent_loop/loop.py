@@ -94,7 +94,8 @@ def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
   """(the source, its training batches, of each of which this process builds its own rows, what both must stay)."""
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)
-  batches = Batches(source.rows('train'), config.seed, config.train.batch_size, mine)
+  rows, threads = source.rows('train'), config.data.read_threads
+  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads)
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 
 
@@ -259,8 +260,9 @@ def finish(this: Run) -> None:
   numbers = evaluate(this, total)
   done = trained.Trained(this.config, this.model, this.state.averaged_params, this.mesh, total)
   paths = []
-  if this.config.eval.sample_tokens:
-    paths.append(trained.write_samples(done, this.workdir, this.source.prompts()))
+  prompts = this.source.prompts() if this.config.eval.sample_tokens else []
+  if prompts:
+    paths.append(trained.write_samples(done, this.workdir, prompts))
   if jax.process_index() == 0:
     paths += trained.write_depth_report(done, this.workdir, numbers)
     say('\n'.join(depth_eval.table(numbers)))

@@ -15,9 +15,9 @@ from latent_loop.storage import Path
 
 # Values that may change between two starts of one run: none of them changes what an example or a
 # parameter is. All others decide the run, and a change of them is refused.
-# Prepared data may move: its content is in the fingerprint of the data.
+# Data on a disk may move: its content is in the fingerprint of the data.
 SAFE = (
-  'mesh.', 'data.paths', 'depth.', 'log.', 'eval.', 'checkpoint.', 'guard.',
+  'mesh.', 'data.paths', 'data.tokenizer', 'data.read_threads', 'depth.', 'log.', 'eval.', 'checkpoint.', 'guard.',
   'model.remat', 'model.attention', 'train.num_microbatches', 'train.loss_chunk',
 )  # fmt: skip
 

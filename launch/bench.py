@@ -4,6 +4,10 @@ python -m launch.bench decode --config=experiments/bench_w256.py --depths=4 --pr
 
 python -m launch.bench exits --workdir=runs/tiny_text --exit=latent-diff:0.1 --cache=ring:1 --batch_size=16
 
+python -m launch.bench data --config=experiments/small_text.py --read_millis=30
+
+python -m launch.bench prepare --megabytes=10 --megabytes=1000 --processes=2
+
 One JSON line per depth; for exits, one per way to answer the same requests. With --twin and --twin_python, the
 PyTorch twin runs ahead of every round, in the same run. One thread for both: --threads=1, or NPROC=1 in the
 environment, or `taskset -c 1` ahead of the command, which also keeps both on one core.
@@ -33,6 +37,12 @@ _THREADS = flags.DEFINE_integer('threads', None, 'CPU threads of both programs; 
 _PROMPT_TOKENS = flags.DEFINE_integer('prompt_tokens', 32, 'decode: length of each prompt')
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 64, 'decode: tokens to add to each row')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'decode: rows')
+_READ_MILLIS = flags.DEFINE_multi_float(
+  'read_millis', [], 'data: also with so many ms for each read, as an object store; repeat'
+)
+_MEGABYTES = flags.DEFINE_multi_integer('megabytes', [10, 100], 'prepare: amounts of text; repeat', lower_bound=1)
+_TOKENIZER = flags.DEFINE_string('tokenizer', 'bytes', 'prepare: bytes, or the path of a tokenizer.json')
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'prepare: how many work at once', lower_bound=1)
 _TWIN = flags.DEFINE_string('twin', None, 'path of torch_twin.py, to be timed in the same run')
 _TWIN_PYTHON = flags.DEFINE_string('twin_python', None, 'the Python, with torch, that runs the twin')
 
@@ -42,6 +52,10 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 def main(verb: str) -> int:
   if verb == 'exits':
     return _exits()
+  if verb == 'data':
+    return _data()
+  if verb == 'prepare':
+    return _prepare()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
@@ -74,6 +88,23 @@ def _exits() -> int:
   effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value)
   rule = ExitRule.parse(_EXIT.value)
   return _show(benchmark_exits.exits(model, rule, depth, _CACHE.value, _WINDOW.value, prompts, effort))
+
+
+def _data() -> int:
+  config = program.sealed(_CONFIG)
+  xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
+  from latent_loop import benchmark, benchmark_data
+
+  return _show(benchmark_data.batches(config, _READ_MILLIS.value, benchmark.Effort(_ROUNDS.value, _REPEATS.value)))
+
+
+def _prepare() -> int:
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from latent_loop import benchmark_data
+
+  say = lambda line: print(line, file=sys.stderr, flush=True)
+  return _show(benchmark_data.prepare(_MEGABYTES.value, _TOKENIZER.value, _PROCESSES.value, say))
 
 
 def _show(lines) -> int:
@@ -115,4 +146,4 @@ def rounded(value):
 
 
 if __name__ == '__main__':
-  program.run(main, verbs=('train', 'decode', 'exits'))
+  program.run(main, verbs=('train', 'decode', 'exits', 'data', 'prepare'))

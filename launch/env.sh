@@ -19,28 +19,34 @@ find_python() {
 }
 
 ensure_environment() {
-  local interpreter wanted stamp options=() file
   if [ "${VENV:-}" = none ]; then
     [ -z "${PYTHON:-}" ] || PATH=$(dirname "$PYTHON"):$PATH
     return
   fi
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # absent, or left half made
+  ensure_venv .venv requirements.txt "$@"
+}
+
+# ensure_venv FOLDER FILE...: the same for another folder and other packages.
+ensure_venv() {
+  local venv=$1 interpreter wanted stamp options=() file
+  shift
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or left half made
     interpreter=$(find_python) || exit 2
-    echo "making .venv with $("$interpreter" --version)"
-    "$interpreter" -m venv --clear .venv
+    echo "making $venv with $("$interpreter" --version)"
+    "$interpreter" -m venv --clear "$venv"
   fi
-  source .venv/bin/activate
+  source "$venv/bin/activate"
   python -c "$supported" || {
-    echo "error: .venv has $(python --version), and Python 3.11 to 3.13 is needed; remove .venv and start again" >&2
+    echo "error: $venv has $(python --version), and Python 3.11 to 3.13 is needed; remove $venv and start again" >&2
     exit 2
   }
-  for file in requirements.txt "$@"; do
+  for file in "$@"; do
     options+=(-r "$file")
-    stamp=.venv/installed-$(basename "$file")
+    stamp=$venv/installed-$(basename "$file")
   done
-  wanted=$(cat requirements.txt "$@" | cksum)
+  wanted=$(cat "$@" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing requirements.txt $*"
+    echo "installing $*"
     python -m pip install --quiet --disable-pip-version-check "${options[@]}"
     echo "$wanted" >"$stamp"
   fi

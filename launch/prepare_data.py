@@ -2,6 +2,8 @@
 
 Reads .txt, .md, source files, .jsonl (.gz, .zst) and .parquet; --input may be repeated, and a folder stands for the
 text and source files under it. Killed or stopped, start it again: it goes on where it was.
+With --runner a Beam runner does the work, on machines that all see the input and the output folder. Beam needs an
+environment of its own: bash launch/beam.sh --runner=DirectRunner ...
 Train on the output with config.data.source='prepared'.
 """
 
@@ -25,11 +27,14 @@ _MIN_BYTES = flags.DEFINE_integer('min_bytes', 32, 'shorter documents are droppe
 _MAX_BYTES = flags.DEFINE_integer('max_bytes', 4 * 2**20, 'longer documents are dropped', lower_bound=1)
 _PROCESSES = flags.DEFINE_integer('processes', None, 'how many work at once; default: one for each core', lower_bound=1)
 
+_RUNNER = flags.DEFINE_string('runner', 'local', 'local, or a Beam runner: DirectRunner, FlinkRunner, SparkRunner, ...')
+_BEAM = flags.DEFINE_multi_string('beam', [], "an option of Beam's, such as --beam=--direct_num_workers=4; repeat")
+
 
 def main() -> int:
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
   from latent_loop.errors import BadInput
-  from latent_loop.prepare import filters, run
+  from latent_loop.prepare import crew, filters, run
 
   if not (_INPUT.value and _OUTPUT.value):
     raise BadInput('--input and --output are needed: what to read, and the folder to write')
@@ -44,11 +49,13 @@ def main() -> int:
     validation_fraction=_VALIDATION.value,
     limits=filters.Limits(_MIN_BYTES.value, _MAX_BYTES.value),
     processes=_PROCESSES.value or os.cpu_count(),
+    runner=_RUNNER.value,
+    beam_options=tuple(_BEAM.value),
   )
   say = lambda line: print(line, flush=True)
   try:
     found = run.prepare(request, say)
-  except run.Stopped as stopped:
+  except crew.Stopped as stopped:
     say(f'{stopped} done and kept; start the same command again to continue')
     return PREEMPTED
   for line in run.summary(found):

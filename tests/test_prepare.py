@@ -1,10 +1,12 @@
 """Preparation: documents once or counted as dropped; the same bytes whatever happened; faults by file and record."""
 
+import dataclasses
 import gzip
 import json
+import os
 import random
 import resource
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from latent_loop.errors import BadInput
 from latent_loop.prepare import filters, inputs, merge, reading, run, units, vocabulary
 from latent_loop.shards import manifest, records
 from latent_loop.shards.stream import Stream
+from tests.reading_path import ROOT
 
 WORDS = 'the loop runs again until its state no longer moves and then reads out an answer naïvely'.split()
 
@@ -81,6 +84,24 @@ def prepared(corpus, tmp_path_factory) -> Path:
   output = tmp_path_factory.mktemp('prepared') / 'out'
   run.prepare(request_of(corpus, output), lambda line: None)
   return output
+
+
+_PROGRAM = """
+import json, sys
+from pathlib import Path
+from latent_loop.prepare import filters, inputs, run
+
+inputs._LEAST_UNIT_BYTES, run.SHARD_BYTES, values = json.loads(sys.argv[1])
+values['limits'], values['output'] = filters.Limits(**values['limits']), Path(values['output'])
+print('begun', flush=True)
+run.prepare(run.Request(**values), lambda line: None)
+"""
+
+
+def command_of(request: run.Request, unit_bytes: int, shard_bytes: int, python: str = sys.executable) -> list[str]:
+  """A preparation as a process of its own; it says 'begun' once all is imported."""
+  values = {**dataclasses.asdict(request), 'output': str(request.output)}
+  return [python, '-c', _PROGRAM, json.dumps([unit_bytes, shard_bytes, values])]
 
 
 def documents_of(folder: Path, split: str) -> list[str]:
@@ -183,7 +204,8 @@ def test_killed_at_any_point_it_ends_in_the_same_bytes(corpus, prepared, tmp_pat
     rename(source, target)
 
   monkeypatch.setattr(records.os, 'replace', replace)
-  monkeypatch.setattr(Path, 'unlink', lambda self, missing_ok=False: None)  # a killed process does not clean up
+  # A killed process does not clean up; the next one does.
+  monkeypatch.setattr(Path, 'unlink', lambda self, missing_ok=False: missing_ok or os.unlink(self))
   while kills < 100:
     calls.clear()
     try:
@@ -330,26 +352,38 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_the_program_ends_in_the_same_bytes(tmp_path):
+def test_killed_at_ten_random_moments_of_its_work_it_ends_in_the_same_bytes(tmp_path):
+  """A start that ends before it is killed is no kill: it is compared, removed, and another begins."""
   write_corpus(tmp_path / 'in', scale=50)
+  request = request_of(tmp_path / 'in', tmp_path / 'killed', processes=2)
 
-  def start(name: str) -> subprocess.Popen:
-    flags = [f'--input={tmp_path}/in/**/*.*', f'--output={tmp_path}/{name}', '--processes=2']
-    command = [sys.executable, '-m', 'launch.prepare_data', *flags]
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  def start(request: run.Request) -> subprocess.Popen:
+    command = command_of(request, unit_bytes=150_000, shard_bytes=400_000)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'begun\n'
+    return process
 
+  whole = start(dataclasses.replace(request, output=tmp_path / 'whole'))
   began = time.monotonic()
-  whole = start('whole')
-  assert whole.wait() == 0, whole.stdout.read()
-  secs = time.monotonic() - began
-  for kill in range(10):
-    process = start('killed')
-    time.sleep(random.Random(kill).uniform(0.2, 0.9) * secs)
-    process.send_signal(signal.SIGKILL)
+  assert whole.wait() == 0
+  secs, expected = time.monotonic() - began, bytes_of(tmp_path / 'whole')
+  assert len(expected) > 20, 'too few shards for a kill to come between'
+  moments, kills, left = random.Random(0), 0, []
+  for _ in range(40):
+    process = start(request)
+    time.sleep(moments.uniform(0.2, 0.9) * secs)
+    process.kill()
     process.wait()
-  last = start('killed')
-  assert last.wait() == 0, last.stdout.read()
-  assert bytes_of(tmp_path / 'killed') == bytes_of(tmp_path / 'whole')
+    if (request.output / manifest.NAME).exists():
+      shutil.rmtree(request.output)
+    else:
+      kills += 1
+      left.append(len(list((request.output / run.WORK).glob('*.json'))))
+    if kills == 10:
+      break
+  assert kills == 10 and max(left) > 5, f'{kills} kills came while there was work; parts done after each: {left}'
+  assert start(request).wait() == 0
+  assert bytes_of(request.output) == expected
 
 
 def test_ranges_of_digests_cover_all_and_do_not_overlap():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_loop import audit, data
+from latent_loop import audit, benchmark, benchmark_data, data
 from latent_loop.config import Config, DataConfig
 from latent_loop.data import layout
 from latent_loop.data.mixture import Woven
@@ -138,6 +138,31 @@ def test_the_audit_passes_for_1_2_4_8_hosts_and_over_a_resume_and_reports_the_mi
   assert '0.7500 of 0.7500' in text and '2 host(s) from step' in text
 
 
+def test_threads_that_read_at_once_change_no_batch(folder):
+  rows = data.make_source(config_of(folder, packing='best_fit')).rows('train')
+  one, many = Batches(rows, 3, BATCH), Batches(rows, 3, BATCH, threads=7)
+  assert all(one.batch(step).hash() == many.batch(step).hash() for step in range(5))
+
+
+def test_the_benchmark_counts_a_request_for_every_record_and_compares_with_the_step(folder, monkeypatch):
+  monkeypatch.setattr(benchmark_data, '_SECS', 0.02)
+  monkeypatch.setattr(benchmark, 'train', lambda *args: [{'mode': 'train', 'tokens_per_second': 100.0}])
+  disk, far, step = benchmark_data.batches(config_of(folder), [2.0], benchmark.Effort(1, 2))
+  assert disk['rows'] > 0 and step['loader_over_step'] == disk['tokens_per_second'] / 100
+  assert far['batch_milliseconds'] > 2 * BATCH > disk['batch_milliseconds']
+  rows = benchmark_data.FarAway(data.make_source(config_of(folder)).rows('train'), 0.0)
+  rows[0], rows[records.RECORD_TOKENS // SEQ_LEN]  # the second crosses into another record
+  assert rows.requests >= 3
+  with pytest.raises(BadInput, match='--read_millis: only prepared data'):
+    list(benchmark_data.batches(Config(), [2.0], benchmark.Effort(1, 1)))
+
+
+def test_the_benchmark_of_preparation_counts_what_was_prepared():
+  (line,) = benchmark_data.prepare([1], 'bytes', 1, lambda text: None)
+  assert 1 <= line['megabytes'] < 1.01 and 20 < line['peak_mib_of_a_process'] < 200
+  assert line['tokens_per_second_per_core'] >= 0.95 * 1e6 * line['megabytes_per_second_per_core']
+
+
 class ShuffledByRank(Batches):
   """As two PyTorch systems did: each rank shuffles the list with a seed of its own, then takes its stride."""
 
@@ -181,7 +206,7 @@ def test_the_audit_compares_with_what_a_run_recorded(folder, tmp_path):
 
 
 def test_the_audit_refuses_what_it_cannot_replay(folder):
-  with pytest.raises(BadInput, match='only prepared data'):
+  with pytest.raises(BadInput, match='only prepared and parquet data'):
     audit.audit(Config(), [1], 1, None, print)
   with pytest.raises(BadInput, match='--hosts=3 does not divide'):
     audit.audit(config_of(folder), [3], 1, None, print)

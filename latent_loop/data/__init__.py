@@ -3,7 +3,6 @@
 A new source is one file with a class and one line in SOURCES.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from latent_loop.config import Config, DataConfig
 from latent_loop.data import tasks
 from latent_loop.data.embedded_text import EmbeddedText
 from latent_loop.data.packing import Row
+from latent_loop.data.parquet import Parquet
 from latent_loop.data.prepared import Prepared
 from latent_loop.errors import BadInput
 from latent_loop.tokenizer import Bytes, Tokenizer
@@ -34,11 +34,13 @@ class Source(Protocol):
   def prompts(self) -> list[str]: ...
 
 
-SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
-  'embedded_text': EmbeddedText,
-  'prepared': Prepared,
-  **{name: functools.partial(tasks.Task, name) for name in tasks.TASKS},
+SOURCES: dict[str, Callable[[Config], Source]] = {
+  'embedded_text': lambda config: EmbeddedText(config.data),
+  'prepared': lambda config: Prepared(config.data),
+  'parquet': lambda config: Parquet(config.data, config.model.vocab_size),
+  **{name: lambda config, name=name: tasks.Task(name, config.data, config.seed) for name in tasks.TASKS},
 }
+_WITH_TOKENIZER = {'prepared': Prepared, 'parquet': Parquet}
 
 
 def check_name(cfg: DataConfig) -> None:
@@ -49,13 +51,13 @@ def check_name(cfg: DataConfig) -> None:
 
 def make_tokenizer(cfg: DataConfig) -> Tokenizer:
   """The tokenizer of a source, without the source's data; raises BadInput."""
-  return Prepared.read_tokenizer(cfg) if cfg.source == 'prepared' else Bytes()
+  return _WITH_TOKENIZER[cfg.source].read_tokenizer(cfg) if cfg.source in _WITH_TOKENIZER else Bytes()
 
 
 def make_source(config: Config) -> Source:
   """The source that config.data names; raises BadInput when it is unknown or its tokens do not fit the model."""
   check_name(config.data)
-  source = SOURCES[config.data.source](config.data, config.seed)
+  source = SOURCES[config.data.source](config)
   if config.model.vocab_size < source.vocab_size:
     raise BadInput(
       f'config.model.vocab_size={config.model.vocab_size} is smaller than the {source.vocab_size} token ids of '

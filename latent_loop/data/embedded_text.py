@@ -46,7 +46,7 @@ class EmbeddedText:
   vocab_size = utf8.VOCAB_SIZE
   chance_accuracy = None
 
-  def __init__(self, cfg: DataConfig, seed: int):
+  def __init__(self, cfg: DataConfig):
     documents = read_documents()
     self._cfg = cfg
     self._documents = {'train': [], 'validation': []}

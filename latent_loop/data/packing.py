@@ -8,13 +8,13 @@ from latent_loop.tokenizer.utf8 import BOS, PAD
 Row = dict[str, np.ndarray]  # the fields of Batch, each [T]
 
 
-def window_to_row(window: np.ndarray, weights: np.ndarray | None = None) -> Row:
-  """T + 1 consecutive tokens of concatenated documents (each begins with BOS) as one training row.
+def window_to_row(window: np.ndarray, weights: np.ndarray | None = None, bos: int = BOS, pad: int = PAD) -> Row:
+  """T + 1 consecutive tokens of concatenated documents (each begins with `bos`) as one training row.
 
   The row may begin inside a document. `weights` (T + 1) says how much predicting each token counts,
-  default 1. A BOS is never a target: what comes before it belongs to another document.
+  default 1. A `bos` is never a target: what comes before it belongs to another document.
   """
-  return _to_row(window, window == BOS, window == PAD, weights)
+  return _to_row(window, window == bos, window == pad, weights)
 
 
 def pieces_to_row(pieces: list[np.ndarray], seq_len: int, pad: int) -> Row:

@@ -4,6 +4,7 @@ Every process sees the same global order and builds only its own rows of each ba
 depend on the number of hosts.
 """
 
+import concurrent.futures
 import hashlib
 from collections.abc import Sequence
 
@@ -14,26 +15,32 @@ from latent_loop.batch import Batch
 from latent_loop.data import Rows
 from latent_loop.data.mixture import Mixture, Woven
 from latent_loop.data.packing import stack
+from latent_loop.data.parquet import ParquetRows
+from latent_loop.data.windows import Windows
 
 
 def make_order(rows: Rows, seed: int) -> Sequence[int]:
   """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights."""
   if isinstance(rows, Mixture):
-    return Woven([_shuffled(part, seed + i) for i, part in enumerate(rows.parts)], rows.weights)
-  return _shuffled(range(len(rows)), seed)
+    parts = enumerate(zip(rows.sources, rows.parts, strict=True))
+    return Woven([_shuffled(source, part, seed + i) for i, (source, part) in parts], rows.weights)
+  return _shuffled(rows, range(len(rows)), seed)
 
 
-def _shuffled(ids: range, seed: int) -> Sequence[int]:
+def _shuffled(source: Rows, ids: range, seed: int) -> Sequence[int]:
+  if isinstance(source, ParquetRows):
+    return Windows([ids[block.start : block.stop] for block in source.blocks], seed % 2**32)
   return grain.MapDataset.source(ids).seed(seed % 2**32).shuffle().repeat()
 
 
 class Batches:
   """Random access to the batches of one split, reshuffled each epoch."""
 
-  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None):
-    """mine: which rows of each global batch to build; None = all."""
+  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None, threads: int = 1):
+    """mine: which rows of each global batch to build; None = all. threads: how many of them are read at once."""
     self._rows, self._order = rows, make_order(rows, seed)
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
+    self._map = concurrent.futures.ThreadPoolExecutor(threads).map if threads > 1 else map
 
   def row_ids(self, step: int) -> list[int]:
     """Which rows this process builds at `step`."""
@@ -41,7 +48,7 @@ class Batches:
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack([self._rows[i] for i in self.row_ids(step)])
+    return stack(list(self._map(self._rows.__getitem__, self.row_ids(step))))
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""

@@ -35,7 +35,7 @@ class Prepared:
 
   chance_accuracy = None
 
-  def __init__(self, cfg: DataConfig, seed: int):
+  def __init__(self, cfg: DataConfig):
     self._cfg, self._folders = cfg, [Path(path) for path in cfg.paths]
     self._manifests = [manifest.read(folder) for folder in self._folders]
     for folder, one in zip(self._folders, self._manifests, strict=True):

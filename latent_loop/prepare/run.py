@@ -1,7 +1,6 @@
 """A preparation from its inputs to the manifest: units, then shards, each in parallel; a killed one goes on."""
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -9,32 +8,30 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from latent_loop import storage, tokenizer
 from latent_loop.errors import BadInput
 from latent_loop.interrupt import StopRequest
-from latent_loop.prepare import filters, inputs, merge, units
+from latent_loop.prepare import beam, filters, inputs, merge, units
+from latent_loop.prepare.crew import Crew
 from latent_loop.shards import manifest
 from latent_loop.shards.records import RECORD_TOKENS, settled, token_dtype
 
 WORK = 'unfinished'  # a folder in the output, gone at the end
 SHARD_BYTES = 64 * 2**20  # of input for each shard
 _MAX_SHARDS = 4096
-_SAY_SECS, _LOOK_SECS = 5.0, 0.2
 _ENDINGS_SAID = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What to prepare. processes: how many work at once; 1 = this one alone."""
+  """What to prepare. processes: how many of this machine work at once; 1 = this one alone.
+
+  runner: 'local', or the Beam runner that works instead of them, with Beam's own options.
+  """
 
   patterns: list[str]
   tokenizer: str
@@ -44,14 +41,12 @@ class Request:
   validation_fraction: float
   limits: filters.Limits
   processes: int
-
-
-class Stopped(Exception):
-  """A signal came; what is done is kept."""
+  runner: str = 'local'
+  beam_options: tuple[str, ...] = ()
 
 
 def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
-  """Prepares `request.output`, or finds it prepared and whole. Raises BadInput, and Stopped after a signal.
+  """Prepares `request.output`, or finds it prepared and whole. Raises BadInput, and crew.Stopped after a signal.
 
   Processes may be killed at any moment: the same request, made again, keeps what was done and ends in the same files.
   """
@@ -63,7 +58,8 @@ def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
   if (request.output / manifest.NAME).exists():
     return _finished(request.output, key)
   with _folder_in_words(request.output), _own(request.output) as work, StopRequest() as stop:
-    crew = _Crew(request.processes, stop, say)
+    local = request.runner == 'local'
+    crew = Crew(request.processes, stop, say) if local else beam.Crew(request.runner, request.beam_options, stop, say)
     marks = crew.do(units.do, [(unit, work) for unit in todo], [unit.num_bytes for unit in todo], 'tokenizing')
     parts = _ranges(request, todo, marks, token_dtype(code.vocab_size))
     merged = crew.do(merge.do, [(part, work, request.output) for part in parts], [1] * len(parts), 'writing shards')
@@ -127,59 +123,6 @@ def _ranges(request: Request, todo: list[units.Unit], marks: list[dict], dtype) 
     raise BadInput(f'--input: no document was kept; {_reasons(counts) or "the files are empty"}')
   count = min(-(-sum(unit.num_bytes for unit in todo) // SHARD_BYTES), _MAX_SHARDS)
   return [merge.Range(i, count, segments, dtype.str, request.validation_fraction) for i in range(count)]
-
-
-class _Crew:
-  """Does tasks, in processes of their own, and tells how far it is."""
-
-  def __init__(self, processes: int, stop: StopRequest, say: Callable[[str], None]):
-    self._processes, self._stop, self._say = processes, stop, say
-
-  def do(self, function: Callable, tasks: list[tuple], sizes: list[int], title: str) -> list:
-    """function(*task) of every task, in order. Raises what the first failing one raises, and Stopped."""
-    began = said = time.monotonic()
-    results, total = {}, sum(sizes)
-    for i, result in self._results(function, tasks):
-      if i is not None:
-        results[i] = result
-      if self._stop.requested():
-        raise Stopped(f'stopped while {title}: {len(results)} of {len(tasks)} parts are')
-      now, done = time.monotonic(), sum(sizes[i] for i in results)
-      if now - said >= _SAY_SECS:
-        said, secs = now, now - began
-        left = f', {int(secs * (total - done) / done)} s left' if done else ''
-        self._say(f'{title}: {len(results)} of {len(tasks)} parts, {done / max(total, 1):.0%}, {secs:.0f} s{left}')
-    return [results[i] for i in range(len(tasks))]
-
-  def _results(self, function: Callable, tasks: list[tuple]) -> Iterable[tuple[int | None, object]]:
-    """(which task, its result) as they come, and (None, None) now and then."""
-    if self._processes == 1:
-      yield from ((i, function(*task)) for i, task in enumerate(tasks))
-      return
-    # Not forked: the parent may have threads. Workers leave when the parent is gone, however it went.
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(self._processes, context, _start_worker) as pool:
-      try:
-        waiting = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
-        while waiting:
-          done, _ = concurrent.futures.wait(waiting, _LOOK_SECS, concurrent.futures.FIRST_COMPLETED)
-          yield None, None
-          yield from ((waiting.pop(future), future.result()) for future in done)
-      except concurrent.futures.process.BrokenProcessPool as error:
-        raise BadInput(
-          'a worker process was killed, perhaps for its memory; what is done is kept: start the same command again, '
-          'with fewer --processes if it happens again'
-        ) from error
-      finally:
-        for process in multiprocessing.active_children():
-          process.kill()  # after the last result they are idle; after a failure nobody waits for them
-
-
-def _start_worker() -> None:
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)  # the parent decides
-  parent = multiprocessing.parent_process()
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class _Report:

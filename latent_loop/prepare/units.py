@@ -71,6 +71,11 @@ def read_mark(folder: Path, key: str, home: Path) -> dict | None:
     return None
 
 
+def mark_of(folder: Path, key: str) -> dict:
+  """What KEY.json says, as a task that was just done left it."""
+  return json.loads((folder / f'{key}.json').read_text())
+
+
 def write_mark(folder: Path, key: str, files: list[Path], counts: dict) -> dict:
   mark = {**counts, 'checksums': {file.name: manifest.facts(file) for file in files}}
   storage.write(folder / f'{key}.json', json.dumps(mark) + '\n')

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def write_index(path: Path, index: np.ndarray) -> None:
 def settled(path: Path) -> Iterator[Path]:
   """A file to write that becomes `path` at the end, or is gone.
 
-  It is on the disk before it has its name: a mark that says it is whole may outlive a power failure.
+  It is on the disk before it has its name: a mark that says it is whole may outlive a power failure. Until then its
+  name is its writer's alone: two machines may write one file, the same bytes.
   """
-  temporary = path.with_name(f'{path.name}.{os.getpid()}{storage.TEMPORARY}')
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex[:12]}{storage.TEMPORARY}')
   try:
     yield temporary
     with temporary.open('rb') as file:
