@@ -11,7 +11,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from latent_loop.exit_codes import BAD_INPUT, BUG, SAVE_FAILED
-from launch import xla_flags
 
 
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
@@ -20,7 +19,6 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13; an object store that
   fails: one of the two. Anything else unforeseen: a traceback and 1.
   """
-  xla_flags.reuse_compiled()
   sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 

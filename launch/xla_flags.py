@@ -1,14 +1,9 @@
-"""What is set before JAX starts. What the environment says itself stays as it is."""
+"""What is set before JAX starts. An environment's own XLA_FLAGS stay as they are."""
 
 import os
 import sys
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'  # how XLA_FLAGS used to ask for it; JAX 0.10 to 0.11 overlook it
-
-
-def reuse_compiled() -> None:
-  """What takes a second to compile is kept on this machine and found there by the next start."""
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/latent_loop'))
 
 
 def use_threads(count: int | None) -> int:

@@ -2,7 +2,7 @@
 
 Every iteration runs the same weights, so nobody has to wait for the slowest row: a row that has thought enough goes
 through coda, sampling and prelude and starts its next token while the others go on. That passage is made for a few
-rows at a time (`Flight.window` of them), gathered out of the batch, so time follows the mean depth, not the largest.
+rows at a time (the `window` of `fly`), gathered out of the batch, so time follows the mean depth, not the largest.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from latent_loop.inference.cache import Cache, Slots, fill_deeper
+from latent_loop.inference.cache import Cache, Layer, Slots, fill_deeper
 from latent_loop.inference.decode import Asks, Decoding, emit, start_states
 from latent_loop.inference.exits import Memory
 from latent_loop.inference.think import Feed, Reading, decide, embed, iterate, speak
@@ -61,7 +61,7 @@ def fly(
 ) -> Flight:
   """Up to `iterations` applications of the core to all rows; ends early once no row runs.
 
-  A turn is one application, or, once `window` rows wait or none thinks, the passage of `window` rows.
+  After each of them rows pass, `window` at a time, as long as so many wait, or some do and none thinks.
   """
 
   def due(flight):
@@ -107,26 +107,31 @@ def _next_tokens(model: Model, params: Params, flight: Flight, asks: Asks, windo
   feed = dataclasses.replace(_feed(few.decoding, few.decoding.s_BTD, ready_G), rows_B=rows_G)
   logits_GV, coda = speak(model, params, cache.coda, feed)
   few = dataclasses.replace(few, decoding=emit(few.decoding, asks, logits_GV, few.t_B, ready_G))
-  few, prelude = _at_depth_0(model, params, cache.prelude, few, asks, rows_G)
+  few, prelude = _at_depth_0(model, params, cache.prelude, few, asks, rows_G, ready_G)
   return _put_back(flight, few, rows_G, ready_G, dataclasses.replace(cache, prelude=prelude, coda=coda))
 
 
 def start_tokens(model: Model, params: Params, flight: Flight, asks: Asks, rows_G: jax.Array) -> Flight:
   """These rows at depth 0 of their chosen token."""
   cache, few = flight.decoding.cache, _part(_without_cache(flight), rows_G)
-  few, prelude = _at_depth_0(model, params, cache.prelude, few, _part(asks, rows_G), rows_G)
   every_G = jnp.ones_like(few.left_B)
+  few, prelude = _at_depth_0(model, params, cache.prelude, few, _part(asks, rows_G), rows_G, every_G)
   return _put_back(flight, few, rows_G, every_G, dataclasses.replace(cache, prelude=prelude))
 
 
-def _at_depth_0(model: Model, params: Params, prelude: list, few: Flight, asks: Asks, rows_G: jax.Array):
-  """(the few rows `rows_G` of the buffers at depth 0 of their chosen token, the prelude's buffers)."""
+def _at_depth_0(
+  model: Model, params: Params, prelude: list[Layer], few: Flight, asks: Asks, rows_G: jax.Array, who_G: jax.Array
+) -> tuple[Flight, list[Layer]]:
+  """(few rows, `rows_G` of the buffers, at depth 0 of their chosen token, the prelude's buffers).
+
+  Only rows `who_G` that still run write there.
+  """
   this = few.decoding
   positions_G1 = this.position_B[:, None]
   s_G1D = jnp.where(
     asks.warm_B[:, None, None], model.leave_core(params, this.s_BTD), start_states(model, asks, positions_G1)
   )
-  feed = dataclasses.replace(_feed(this, s_G1D, this.running_B), rows_B=rows_G)
+  feed = dataclasses.replace(_feed(this, s_G1D, who_G & this.running_B), rows_B=rows_G)
   e_G1D, prelude = embed(model, params, prelude, feed, fresh=False)
   empty = Memory.empty(s_G1D[:, 0], model.cfg.vocab_size)
   this, none_G = dataclasses.replace(this, s_BTD=s_G1D), jnp.zeros_like(few.left_B)
