@@ -86,8 +86,6 @@ def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, c
 def make_train_step(config: Config, model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any):
   """The compiled step; donates the state. One executable serves every depth."""
   schedule = make_schedule(config.optim, config.train.num_steps)
-  num_microbatches = config.train.num_microbatches
-
   param_specs = jax.tree.map(lambda s: s.spec, specs.params)
   gathering = Gathering(config.mesh.weights, param_specs)
   fetch = gathering.ahead_of_iteration if config.mesh.weights == 'gather_per_iteration' else None
@@ -106,7 +104,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
       loss, grads = jax.value_and_grad(loss_fn)(weights, *rows, *scalars)
       return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    loss, grads = accumulate(microbatch, (batch, example_ids_B), num_microbatches)
+    loss, grads = accumulate(microbatch, (batch, example_ids_B), config.train.num_microbatches)
     return jax.lax.psum(loss, ROW_AXES), gathering.reduce(grads)
 
   gradients = on_rows(

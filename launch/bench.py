@@ -4,12 +4,14 @@ python -m launch.bench decode --config=experiments/bench_w256.py --depths=4 --pr
 
 python -m launch.bench exits --workdir=runs/tiny_text --exit=latent-diff:0.1 --cache=ring:1 --batch_size=16
 
+python -m launch.bench ahead --workdir=runs/tiny_text --depths=32 --speculate=4:8 --parallel=8 --batch_size=8
+
 python -m launch.bench data --config=experiments/small_text.py --read_millis=30
 
 python -m launch.bench prepare --megabytes=10 --megabytes=1000 --processes=2
 
-One JSON line per depth; for exits, one per way to answer the same requests. With --twin and --twin_python, the
-PyTorch twin runs ahead of every round, in the same run. One thread for both: --threads=1, or NPROC=1 in the
+One JSON line per depth; for exits and ahead, one per way to answer the same requests. With --twin and --twin_python,
+the PyTorch twin runs ahead of every round, in the same run. One thread for both: --threads=1, or NPROC=1 in the
 environment, or `taskset -c 1` ahead of the command, which also keeps both on one core.
 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false no longer binds JAX by itself; here it is taken as --threads=1.
 """
@@ -24,7 +26,7 @@ from absl import flags
 from launch import program, xla_flags
 
 _CONFIG = program.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'exits: folder of a training run')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'exits, ahead: folder of a training run')
 _EXIT = flags.DEFINE_string(
   'exit', 'latent-diff', 'exits: KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]], as for launch.generate'
 )
@@ -37,6 +39,9 @@ _THREADS = flags.DEFINE_integer('threads', None, 'CPU threads of both programs; 
 _PROMPT_TOKENS = flags.DEFINE_integer('prompt_tokens', 32, 'decode: length of each prompt')
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 64, 'decode: tokens to add to each row')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'decode: rows')
+_SPECULATE = flags.DEFINE_multi_string('speculate', [], 'ahead: DRAFT:LOOKAHEAD, as for launch.generate; repeat')
+_PARALLEL = flags.DEFINE_multi_integer('parallel', [], 'ahead: positions of a front that thinks together; repeat')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'ahead: 0 = greedy')
 _READ_MILLIS = flags.DEFINE_multi_float(
   'read_millis', [], 'data: also with so many ms for each read, as an object store; repeat'
 )
@@ -51,7 +56,7 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 
 def main(verb: str) -> int:
   if verb not in _DEFAULT_DEPTHS:
-    return {'exits': _exits, 'data': _data, 'prepare': _prepare}[verb]()
+    return {'exits': _exits, 'ahead': _ahead, 'data': _data, 'prepare': _prepare}[verb]()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
@@ -69,21 +74,41 @@ def main(verb: str) -> int:
 
 
 def _exits() -> int:
-  workdir, depths = program.workdir_of(_WORKDIR.value), depths_of('decode', _DEPTHS.value or [])
-  xla_flags.use_threads(_THREADS.value)
-  xla_flags.keep_memory()
-  from latent_loop import benchmark, benchmark_exits, trained
   from latent_loop.errors import BadInput
+
+  model, depths, prompts, effort = _trained()
+  from latent_loop import benchmark_ways
   from latent_loop.inference.engine import ExitRule
 
   if len(depths) > 1 or _WINDOW.value < 1:
     raise BadInput(f'--depths={depths} --window={_WINDOW.value}: give one depth, and a window from 1')
+  rule = ExitRule.parse(_EXIT.value)
+  return _show(benchmark_ways.exits(model, rule, depths[0], _CACHE.value, _WINDOW.value, prompts, effort))
+
+
+def _ahead() -> int:
+  model, depths, prompts, effort = _trained()
+  from latent_loop import benchmark_ways
+  from latent_loop.inference.speculate import Draft
+  from latent_loop.inference.wavefront import Wavefront
+
+  drafts = [Draft.parse(text) for text in _SPECULATE.value]
+  fronts = [Wavefront(width) for width in _PARALLEL.value]
+  for depth in depths:
+    _show(benchmark_ways.ahead(model, depth, drafts, fronts, _TEMPERATURE.value, prompts, effort))
+  return 0
+
+
+def _trained():
+  """(the model of --workdir, --depths or its mean depth, what is asked of it, how often it is timed)."""
+  workdir, depths = program.workdir_of(_WORKDIR.value), depths_of('decode', _DEPTHS.value or [])
+  xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
+  from latent_loop import benchmark, trained
+
   model = trained.load(workdir)
   prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
-  depth = depths[0] if depths else model.config.depth.mean
-  effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value)
-  rule = ExitRule.parse(_EXIT.value)
-  return _show(benchmark_exits.exits(model, rule, depth, _CACHE.value, _WINDOW.value, prompts, effort))
+  return model, depths or [model.config.depth.mean], prompts, benchmark.Effort(_ROUNDS.value, _REPEATS.value)
 
 
 def _data() -> int:
@@ -142,4 +167,4 @@ def rounded(value):
 
 
 if __name__ == '__main__':
-  program.run(main, verbs=('train', 'decode', 'exits', 'data', 'prepare'))
+  program.run(main, verbs=('train', 'decode', 'exits', 'ahead', 'data', 'prepare'))

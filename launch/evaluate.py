@@ -16,6 +16,7 @@ _DEPTHS = flags.DEFINE_multi_integer(
 def main(verb: str) -> int:
   from latent_loop import data, trained
 
+  program.keep_compiled()
   workdir = program.workdir_of(_WORKDIR.value)
   model = trained.load(workdir)
   source = data.make_source(model.config)

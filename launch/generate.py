@@ -51,6 +51,7 @@ def main() -> int:
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
   from latent_loop import data, trained
 
+  program.keep_compiled()
   model = trained.load(workdir)
   tokenizer = data.make_tokenizer(model.config.data)
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
@@ -70,6 +71,7 @@ def _chat(workdir) -> int:
   from latent_loop import data, trained
   from latent_loop.serving import repl
 
+  program.keep_compiled()
   model = trained.load(workdir)
   tokenizer = data.make_tokenizer(model.config.data)
   like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)

@@ -29,6 +29,7 @@ def main() -> int:
   from latent_loop.inference.text import request_of
   from latent_loop.report import lens as page
 
+  program.keep_compiled()
   model = trained.load(workdir)
   depth = 4 * model.config.depth.mean if _DEPTH.value is None else _DEPTH.value
   tokenizer = data.make_tokenizer(model.config.data)

@@ -202,6 +202,18 @@ def workdir_of(value: str | None, flag: str = '--workdir'):
   return path_of(flag, value) if storage.is_local(place) else place
 
 
+def keep_compiled() -> None:
+  """The next start finds what this one compiles, in JAX_COMPILATION_CACHE_DIR or under ~/.cache/latent_loop.
+
+  Nothing is kept where neither can be: no variable, and no home that can be written.
+  """
+  from latent_loop import compiled
+
+  named, home = os.environ.get('JAX_COMPILATION_CACHE_DIR'), os.path.expanduser('~')
+  if named or os.access(home, os.W_OK):
+    compiled.keep(named or f'{home}/.cache/latent_loop/{compiled.machine(os.environ.get("NPROC"))}')
+
+
 def path_of(flag: str, value: str) -> Path:
   """The value of a flag as a path; raises BadInput for one that no file can have, such as a name that is too long."""
   from latent_loop.errors import BadInput

@@ -32,6 +32,7 @@ def main() -> int:
   from latent_loop.serving import server
   from latent_loop.serving.fields import Limits
 
+  program.keep_compiled()
   listener = server.listen(_HOST.value, _PORT.value)
   model = trained.load(workdir)
   config = model.config

@@ -28,6 +28,7 @@ def main() -> int:
   group = hosts.join(config, workdir)
   from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
 
+  program.keep_compiled()
   return loop.run(config, workdir, profile_steps, group, deadline)
 
 

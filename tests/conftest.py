@@ -29,6 +29,7 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from latent_loop import compiled  # noqa: E402
 from tests.object_store import STORE  # noqa: E402
 
 os.environ['TENSORSTORE_GCS_HTTP_URL'] = STORE.address
@@ -36,6 +37,7 @@ os.environ['TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS'] = '1'
 os.environ['TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES'] = '1'
 os.environ['GOOGLE_AUTH_TOKEN_FOR_TESTING'] = 'none'  # nobody's: the stand-in asks for none
 
+compiled.keep(os.environ['JAX_COMPILATION_CACHE_DIR'])  # the programs under test do so too, in the same folder
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
 

@@ -19,7 +19,7 @@ from latent_loop.metrics import read_lines
 from latent_loop.parallel import mesh as meshes
 from launch import program
 from tests.object_store import BUCKET, STORE
-from tests.test_hosts import ENV, bash, small_config, small_run
+from tests.test_hosts import bash, small_config, small_run
 
 pytestmark = pytest.mark.slow
 SAVED, STEPS = 2, 7  # the step that the others go on from, and their last
@@ -136,10 +136,8 @@ def test_a_store_that_refuses_a_save_ends_the_run_with_13_and_the_same_command_g
 
 
 @pytest.mark.parametrize('place, processes', [('local', 2), ('local', 4), ('remote', 2)])
-def test_more_processes_go_on(request, tmp_path, tmp_path_factory, monkeypatch, place, processes):
-  """Of one device each; what process 0 finds damaged, no other uses. A second pair finds the programs of the first."""
-  monkeypatch.setitem(ENV, 'JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.getbasetemp() / 'programs'))
-  monkeypatch.setitem(ENV, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+def test_more_processes_go_on(request, tmp_path, place, processes):
+  """Of one device each; what process 0 finds damaged, no other uses."""
   run = request.getfixturevalue(place)
   workdir = as_saved(run, tmp_path)
   bad = workdir / f'checkpoints/{SAVED + 1}'

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from latent_loop import exit_codes, loop, trained, workdir
+from latent_loop import benchmark, benchmark_ways, exit_codes, loop, trained, workdir
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
+from latent_loop.inference.speculate import Draft
+from latent_loop.inference.wavefront import Wavefront
 from latent_loop.sealing import from_json, to_json
 from tests.tiny import tiny_config
 
@@ -269,6 +271,19 @@ def test_bench_exits_counts_the_prompt_and_what_comes_after_it(copy):
   assert fixed['mean_depth'] == 6 and fixed['predicted_speedup'] == fixed['predicted_decoding_speedup'] == 1
   assert continuous['same_tokens_as_in_step'] and continuous['mean_depth'] == in_step['mean_depth'] < 6
   assert 1 < in_step['predicted_speedup'] < in_step['predicted_decoding_speedup'] < 6 / in_step['mean_depth']
+
+
+@pytest.mark.slow
+def test_bench_ahead_counts_what_speculation_and_the_front_compute(copy):
+  """The work of plain, exactly: drafts at full depth, all of them accepted, and a front of one position."""
+  prompts, effort = benchmark.Prompts(prompt_tokens=4, new_tokens=7, batch_size=3), benchmark.Effort(1, 1)
+  ways = benchmark_ways.ahead(trained.load(copy), 4, [Draft(4, 2), Draft(1, 2)], [Wavefront(1)], 0.0, prompts, effort)
+  full, shared, draft, shallow, front = ways
+  assert full['way'] == shared['way'] == 'plain' and (full['cache'], shared['cache']) == ('full', 'ring:1')
+  for line in (full, shared, draft, front):
+    assert line['applications_per_token'] == line['iterations_per_token'] == 4 and line['same_tokens_as_plain']
+  assert draft['accepted'] == 1 >= shallow['accepted'] and shallow['same_tokens_as_plain']
+  assert shallow['applications_per_token'] < shallow['iterations_per_token'] >= 4
 
 
 def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
