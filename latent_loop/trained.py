@@ -9,14 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from latent_loop import data, storage
+from latent_loop import data
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
 from latent_loop.evals import depth as depth_eval
-from latent_loop.evals import exits as exit_eval
 from latent_loop.inference.engine import Engine
 from latent_loop.inference.text import request_of, text_of
 from latent_loop.metrics import read_lines
@@ -91,7 +90,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(one, batch)
 
 
-def _validation(config: Config, mesh: Mesh, source: data.Source) -> tuple[Batches, int]:
+def validation_batches(config: Config, mesh: Mesh, source: data.Source) -> tuple[Batches, int]:
   """(validation batches of a microbatch each, how many make config.eval.num_batches); raises BadInput."""
   passes = config.train.num_microbatches
   meshes.check_batch(config.train.batch_size, passes, mesh.shape)
@@ -108,7 +107,7 @@ def make_evaluator(
   The keys of the numbers are those of depth_report.json. It reads a microbatch at a time, so what fits in
   training fits here. Raises BadInput when that does not divide over the mesh.
   """
-  batches, count = _validation(config, mesh, source)
+  batches, count = validation_batches(config, mesh, source)
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
 
   def numbers(params: Params, step: int) -> dict[str, Any]:
@@ -126,22 +125,6 @@ def make_evaluator(
     }
 
   return numbers
-
-
-def write_exits(trained: Trained, workdir: Path, source: data.Source, depth: int) -> tuple[Path, dict[str, Any]]:
-  """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers)."""
-  batches, count = _validation(trained.config, trained.mesh, source)
-  evaluate = exit_eval.make_exit_eval(trained.model, depth)
-  parts = []
-  with jax.set_mesh(trained.mesh):
-    for i in range(count):
-      batch = batches.batch(i)
-      key = jax.random.fold_in(jax.random.key(VALIDATION_SEED), i)
-      parts.append((jax.device_get(evaluate(trained.params, place(batch, trained.mesh), key)), batch))
-  numbers = {'step': trained.step, **exit_eval.curves(exit_eval.flatten(parts))}
-  path = workdir / 'exits.json'
-  storage.write(path, json.dumps(numbers, indent=1) + '\n')
-  return path, numbers
 
 
 def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any]) -> list[Path]:

@@ -1,6 +1,7 @@
 """Evaluates a run by depth: python -m launch.evaluate depths --workdir=runs/tiny_text [--depths=1 --depths=8]
 
-exits: what each rule for stopping early saves and costs, up to one depth: ... exits --workdir=runs/tiny_text
+exits: what each rule for stopping early saves and costs, up to one depth, and at which depths tokens of each kind, each
+difficulty of a task or each folder of a mixture leave: ... exits --workdir=runs/tiny_text [--target_depth=4]
 """
 
 from absl import flags
@@ -11,6 +12,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _DEPTHS = flags.DEFINE_multi_integer(
   'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
 )
+_TARGET = flags.DEFINE_float('target_depth', None, 'exits: also the thresholds that keep to this mean depth', 1)
 
 
 def main(verb: str) -> int:
@@ -40,7 +42,7 @@ def _by_depth(workdir, model, source) -> int:
 
 
 def _by_exit_rule(workdir, model, source) -> int:
-  from latent_loop import trained
+  from latent_loop import calibration
   from latent_loop.errors import BadInput
   from latent_loop.evals import depth as depth_eval
   from latent_loop.evals import exits as exit_eval
@@ -48,7 +50,7 @@ def _by_exit_rule(workdir, model, source) -> int:
   depths = depth_eval.check_depths(tuple(_DEPTHS.value or [model.config.depth.mean]))
   if len(depths) > 1:
     raise BadInput(f'--depths={list(depths)}: exits are counted up to one depth; give one')
-  path, numbers = trained.write_exits(model, workdir, source, depths[0])
+  path, numbers = calibration.write_exits(model, workdir, source, depths[0], _TARGET.value)
   print('\n'.join(exit_eval.table(numbers)))
   print(f'wrote {path}')
   return 0

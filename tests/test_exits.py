@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_loop import calibration
 from latent_loop.evals import exits as exit_eval
 from latent_loop.inference import exits as rules
-from tests.tiny import T, random_batch, random_params, rows_of, tiny_model
+from latent_loop.tokenizer import Bytes
+from tests.tiny import T, random_batch, random_params, rows_of, tiny_config, tiny_model
 
 R = 4
 
@@ -56,3 +58,40 @@ def test_the_recommended_threshold_is_the_cheapest_that_is_good_enough():
   cosine = numbers['best']['cosine']
   assert cosine['mean_depth'] == R and cosine['loss'] == 1.0
   assert any(line.startswith('kl') for line in exit_eval.table(numbers))
+
+
+def test_a_target_depth_is_met_at_the_least_loss():
+  rows = [{'threshold': x, 'mean_depth': 4 - x, 'loss': 1.0 + x} for x in (0.0, 1.0, 2.0)]
+  found = exit_eval.meet({'kl': rows, 'cosine': rows[:1]}, 3.0)
+  assert found == {'kl': rows[1]}, 'cosine has none so early'
+
+
+def test_every_token_is_in_one_histogram_once():
+  rng = np.random.default_rng(1)
+  tokens, kinds_X = 60, np.array(['letter', 'digit', 'digit'] * 20)
+  nll_RX = rng.random((R, tokens))
+  values_RXC = rng.random((R, tokens, len(rules.CRITERIA) - 1))
+  targets_X = np.arange(tokens)
+  numbers = {'nll_RX': nll_RX, 'right_RX': nll_RX < 0.5, 'values_RXC': values_RXC, 'targets_X': targets_X}
+  whole = exit_eval.histogram(numbers, 'kl', 0.4)
+  parts = [exit_eval.histogram(exit_eval.only(numbers, kinds_X == kind), 'kl', 0.4) for kind in ('letter', 'digit')]
+  assert [part['tokens'] for part in parts] == [20, 40] and len(whole['left_at']) == R
+  assert np.array_equal(whole['left_at'], np.sum([part['left_at'] for part in parts], axis=0))
+  for name in ('mean_depth', 'loss', 'accuracy'):
+    assert whole[name] == pytest.approx((parts[0][name] + 2 * parts[1][name]) / 3)
+  assert whole['mean_depth'] == np.dot(whole['left_at'], np.arange(1, R + 1)) / tokens
+
+
+def test_tokens_are_told_apart_by_what_they_begin_with():
+  tokens = Bytes().encode('a7 \n(')
+  assert list(calibration.kinds_of_tokens(Bytes(), tokens)) == ['letter', 'digit', 'blank', 'line break', 'other']
+
+
+def test_a_task_is_shown_by_difficulty_and_a_mixture_by_folder():
+  task = tiny_config(**{'data.source': 'addition', 'data.min_difficulty': 2, 'data.max_difficulty': 3})
+  parts = calibration.parts_of(task)
+  assert list(parts) == ['difficulty 2', 'difficulty 3']
+  assert [(part.data.min_difficulty, part.data.max_difficulty) for part in parts.values()] == [(2, 2), (3, 3)]
+  mixture = tiny_config(**{'data.source': 'prepared', 'data.paths': ('a', 'b'), 'data.weights': (1.0, 2.0)})
+  assert [part.data.paths for part in calibration.parts_of(mixture).values()] == [('a',), ('b',)]
+  assert calibration.parts_of(tiny_config()) == {}

@@ -54,17 +54,26 @@ def make_exit_eval(model: Model, depth: int) -> Callable[[Params, Batch, jax.Arr
 
 
 def flatten(parts: Iterable[tuple[dict[str, Any], Batch]]) -> dict[str, np.ndarray]:
-  """The scored tokens of several batches side by side: nll_RX, right_RX, values_RXC."""
+  """The scored tokens of several batches side by side: nll_RX, right_RX, values_RXC, targets_X."""
   out: dict[str, list[np.ndarray]] = {}
   for numbers, batch in parts:
     scored_BT = np.asarray(batch.weights_BT) > 0
+    out.setdefault('targets_X', []).append(np.asarray(batch.targets_BT)[scored_BT])
     for name, values in jax.device_get(numbers).items():
       out.setdefault(name.replace('BT', 'X'), []).append(values[:, scored_BT])
-  return {name: np.concatenate(values, axis=1) for name, values in out.items()}
+  return {name: np.concatenate(values, axis=int(name != 'targets_X')) for name, values in out.items()}
 
 
-def curves(numbers: dict[str, np.ndarray]) -> dict[str, Any]:
-  """By criterion a list of {threshold, mean_depth, loss, accuracy}, by rising mean depth, and what `recommend` says."""
+def only(numbers: dict[str, np.ndarray], which_X: np.ndarray) -> dict[str, np.ndarray]:
+  """The numbers of these tokens."""
+  return {name: values[which_X] if name == 'targets_X' else values[:, which_X] for name, values in numbers.items()}
+
+
+def curves(numbers: dict[str, np.ndarray], target_depth: float | None = None) -> dict[str, Any]:
+  """By criterion a list of {threshold, mean_depth, loss, accuracy}, by rising mean depth, and what is recommended.
+
+  target_depth: where given, also the threshold of the lowest loss whose mean depth is at most that.
+  """
   nll_RX, right_RX, values_RXC = numbers['nll_RX'], numbers['right_RX'], numbers['values_RXC']
   R = len(nll_RX)
   by_criterion = {}
@@ -76,7 +85,17 @@ def curves(numbers: dict[str, np.ndarray]) -> dict[str, Any]:
     by_criterion[kind] = sorted(rows, key=lambda row: row['mean_depth'])
   full = {'loss': float(np.mean(nll_RX[-1])), 'accuracy': float(np.mean(right_RX[-1]))}
   tokens = nll_RX.shape[1]
-  return {'depth': R, 'tokens': tokens, 'full': full, 'criteria': by_criterion, 'best': recommend(by_criterion, full)}
+  found = {'depth': R, 'tokens': tokens, 'full': full, 'criteria': by_criterion, 'best': recommend(by_criterion, full)}
+  if target_depth is not None:
+    found['target'] = {'mean_depth': target_depth, 'best': meet(by_criterion, target_depth)}
+  return found
+
+
+def histogram(numbers: dict[str, np.ndarray], kind: str, threshold: float) -> dict[str, Any]:
+  """What leaving by this rule costs these tokens, and left_at: how many of them leave after 1, 2, ... iterations."""
+  depth_X = stop_depths(numbers['values_RXC'][..., rules.CRITERIA.index(kind)], kind, threshold)
+  left_at = np.bincount(depth_X, minlength=len(numbers['nll_RX']) + 1)[1:].tolist()
+  return {'tokens': len(depth_X), **_cost(depth_X, numbers['nll_RX'], numbers['right_RX']), 'left_at': left_at}
 
 
 def stop_depths(values_RX: np.ndarray, kind: str, threshold: float) -> np.ndarray:
@@ -93,6 +112,12 @@ def recommend(by_criterion: dict[str, list[dict]], full: dict[str, float]) -> di
     if good:
       best[kind] = min(good, key=lambda row: row['mean_depth'])
   return best
+
+
+def meet(by_criterion: dict[str, list[dict]], target_depth: float) -> dict[str, dict]:
+  """By criterion the threshold of the lowest loss whose mean depth is at most target_depth."""
+  good = {kind: [row for row in rows if row['mean_depth'] <= target_depth] for kind, rows in by_criterion.items()}
+  return {kind: min(rows, key=lambda row: row['loss']) for kind, rows in good.items() if rows}
 
 
 def _thresholds(values_RX: np.ndarray, kind: str) -> list[float]:
@@ -113,18 +138,30 @@ def _cost(depth_X: np.ndarray, nll_RX: np.ndarray, right_RX: np.ndarray) -> dict
 
 
 def table(numbers: dict[str, Any]) -> list[str]:
-  """The recommended threshold of every criterion as lines of text."""
+  """The recommended threshold of every criterion, and who leaves where, as lines of text."""
   full, depth = numbers['full'], numbers['depth']
   lines = [
     f'{numbers["tokens"]} tokens; at depth {depth} for all: loss {full["loss"]:.4f}, accuracy {full["accuracy"]:.3f}',
     f'at most {TOLERANCE_NATS} nats above that:',
-    'criterion            threshold  mean depth  saved    loss   accuracy',
+    *_rows(numbers['best'], depth, 'every criterion costs more; train longer or allow more depth'),
   ]
-  for kind, row in sorted(numbers['best'].items(), key=lambda item: item[1]['mean_depth']):
+  if 'target' in numbers:
+    target = numbers['target']
+    lines += [f'a mean depth of at most {target["mean_depth"]:g}:']
+    lines += _rows(target['best'], depth, 'no threshold tried is so early; give a larger --target_depth')
+  if 'groups' in numbers:
+    lines += [f'by kl:{numbers["best"]["kl"]["threshold"]:.3g}, tokens that leave after 1, 2, ... iterations:']
+    for name, row in sorted(numbers['groups'].items(), key=lambda item: item[1]['mean_depth']):
+      share = ' '.join(f'{count / row["tokens"]:.0%}' for count in row['left_at'])
+      lines += [f'{name:<20} {row["tokens"]:>9}  {row["mean_depth"]:>10.2f}  {share}']
+  return lines
+
+
+def _rows(best: dict[str, dict], depth: int, none: str) -> list[str]:
+  lines = ['criterion            threshold  mean depth  saved    loss   accuracy']
+  for kind, row in sorted(best.items(), key=lambda item: item[1]['mean_depth']):
     lines.append(
       f'{kind:<20} {row["threshold"]:>9.3g}  {row["mean_depth"]:>10.2f}  {1 - row["mean_depth"] / depth:>5.0%}'
       f'  {row["loss"]:.4f}  {row["accuracy"]:.3f}'
     )
-  if not numbers['best']:
-    lines.append('none: every criterion costs more; train longer or allow more depth')
-  return lines
+  return lines if best else [f'none: {none}']

@@ -1,0 +1,74 @@
+"""Where tokens of a trained model stop thinking: exit rules compared, and depths by kind of token, task or text."""
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from latent_loop import data, storage, trained
+from latent_loop.config import Config
+from latent_loop.errors import BadInput
+from latent_loop.evals import exits as exit_eval
+from latent_loop.storage import Path
+from latent_loop.tokenizer import Tokenizer
+
+
+def write_exits(
+  this: trained.Trained, workdir: Path, source: data.Source, depth: int, target_depth: float | None
+) -> tuple[Path, dict[str, Any]]:
+  """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers).
+
+  target_depth: also the thresholds that keep to this mean depth.
+  """
+  evaluate = exit_eval.make_exit_eval(this.model, depth)
+
+  def unroll(source: data.Source) -> dict[str, np.ndarray]:
+    batches, count = trained.validation_batches(this.config, this.mesh, source)
+    out = []
+    for i in range(count):
+      batch = batches.batch(i)
+      key = jax.random.fold_in(jax.random.key(trained.VALIDATION_SEED), i)
+      out.append((jax.device_get(evaluate(this.params, trained.place(batch, this.mesh), key)), batch))
+    return exit_eval.flatten(out)
+
+  with jax.set_mesh(this.mesh):
+    numbers = unroll(source)
+    found = exit_eval.curves(numbers, target_depth)
+    parts = {}
+    for name, config in parts_of(this.config).items():
+      with contextlib.suppress(BadInput):  # an easy difficulty may have no instance that is for validation
+        parts[name] = unroll(data.make_source(config))
+  rule = found['best'].get('kl')
+  if rule:
+    kinds = kinds_of_tokens(data.make_tokenizer(this.config.data), numbers['targets_X'])
+    groups = parts or {kind: exit_eval.only(numbers, kinds == kind) for kind in sorted(set(kinds))}
+    found['groups'] = {name: exit_eval.histogram(one, 'kl', rule['threshold']) for name, one in groups.items()}
+  path = workdir / 'exits.json'
+  storage.write(path, json.dumps({'step': this.step, **found}, indent=1) + '\n')
+  return path, found
+
+
+def parts_of(config: Config) -> dict[str, Config]:
+  """A config for each difficulty of a task, or for each folder of a mixture; none where the data is of one piece."""
+  of = lambda **changes: dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+  if config.data.source in data.tasks.TASKS:
+    difficulties = range(config.data.min_difficulty, config.data.max_difficulty + 1)
+    return {f'difficulty {d}': of(min_difficulty=d, max_difficulty=d) for d in difficulties}
+  paths = config.data.paths if len(config.data.paths) > 1 else ()
+  return {path: of(paths=(path,), weights=()) for path in paths}
+
+
+def kinds_of_tokens(tokenizer: Tokenizer, tokens_X: np.ndarray) -> np.ndarray:
+  """What each token is, as text: what it begins with decides."""
+  ids, at_X = np.unique(tokens_X, return_inverse=True)
+  return np.array([_kind(tokenizer.decode([int(i)])) for i in ids])[at_X]
+
+
+def _kind(text: str) -> str:
+  first = text.strip()[:1]
+  if not first:
+    return 'line break' if '\n' in text else 'blank'
+  return 'letter' if first.isalpha() else 'digit' if first.isdigit() else 'other'
