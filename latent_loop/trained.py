@@ -42,13 +42,14 @@ class Trained:
   step: int
 
 
-def load(workdir: Path) -> Trained:
+def load(workdir: Path, tensor: int = 1) -> Trained:
   """The newest checkpoint of `workdir` on the devices of this machine, whatever mesh it was trained on.
 
+  tensor: so many devices share each layer; the groups of them share the rows.
   Raises BadInput when there is none or it does not fit its config. Only reads: the run may be going on.
   """
   config = read_config(workdir)
-  mesh = meshes.make_mesh(MeshConfig())
+  mesh = meshes.make_mesh(MeshConfig(tensor=tensor))
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
   with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:

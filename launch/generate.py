@@ -20,6 +20,7 @@ _PROMPTS = flags.DEFINE_string(
   'prompts', None, 'file with one prompt per line, or - for JSON lines from standard input'
 )
 _CHAT = flags.DEFINE_bool('chat', False, 'a conversation instead of prompts')
+_TENSOR = flags.DEFINE_integer('tensor', 1, 'devices that share each layer, for a model too large for one', 1)
 _CACHE = flags.DEFINE_string('cache', 'full', 'full, latest, ring:M or first:M: which depths share keys and values')
 _EXIT = flags.DEFINE_string(
   'exit', 'none', 'KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]], such as kl:5e-4: when a token has thought enough'
@@ -52,7 +53,7 @@ def main() -> int:
   from latent_loop import data, trained
 
   program.keep_compiled()
-  model = trained.load(workdir)
+  model = trained.load(workdir, _TENSOR.value)
   tokenizer = data.make_tokenizer(model.config.data)
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
   engine = trained.engine_of(model, **_way())
@@ -72,7 +73,7 @@ def _chat(workdir) -> int:
   from latent_loop.serving import repl
 
   program.keep_compiled()
-  model = trained.load(workdir)
+  model = trained.load(workdir, _TENSOR.value)
   tokenizer = data.make_tokenizer(model.config.data)
   like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)
   make = lambda tokens: dataclasses.replace(like, tokens=tokens)

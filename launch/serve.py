@@ -14,6 +14,7 @@ _HOST = flags.DEFINE_string('host', '127.0.0.1', 'address to listen at; 0.0.0.0 
 _PORT = flags.DEFINE_integer('port', 8000, 'port to listen at; 0 is any free one')
 _SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made at the same time', 1, 4096)
 _QUEUE = flags.DEFINE_integer('queue', 64, 'requests that may wait for a slot', 0, 10**6)
+_TENSOR = flags.DEFINE_integer('tensor', 1, 'devices that share each layer, for a model too large for one', 1)
 _CACHE = flags.DEFINE_string('cache', 'full', 'full, latest, ring:M or first:M: which depths share keys and values')
 _TOTAL = flags.DEFINE_integer('max_total_tokens', 1024, 'of a prompt and its answer', 2, 2**31 - 1)
 _DEPTH = flags.DEFINE_integer(
@@ -34,7 +35,7 @@ def main() -> int:
 
   program.keep_compiled()
   listener = server.listen(_HOST.value, _PORT.value)
-  model = trained.load(workdir)
+  model = trained.load(workdir, _TENSOR.value)
   config = model.config
   max_depth = 2 * config.depth.mean if _DEPTH.value is None else _DEPTH.value
   board = Board(trained.engine_of(model, _CACHE.value), _SLOTS.value, max_depth, _TOTAL.value)

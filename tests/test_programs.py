@@ -253,7 +253,14 @@ def test_evaluate_generate_and_lens(copy):
   report = json.loads((copy / 'depth_report.json').read_text())
   assert list(report['loss_by_depth']) == ['1', '2', '3', '6', '24']
   result = launch(
-    'generate', f'--workdir={copy}', '--prompt=1+1=', '--max_new_tokens=3', '--temperature=1', '--depth=2'
+    'generate',
+    f'--workdir={copy}',
+    '--prompt=1+1=',
+    '--max_new_tokens=3',
+    '--temperature=1',
+    '--depth=2',
+    '--tensor=2',
+    devices=2,
   )
   assert result.returncode == 0 and result.stdout.startswith('1+1=')
   result = launch('lens', f'--workdir={copy}', '--prompt=1+1=', f'--output={copy}/lens.html', devices=2)
