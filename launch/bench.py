@@ -6,6 +6,8 @@ python -m launch.bench exits --workdir=runs/tiny_text --exit=latent-diff:0.1 --c
 
 python -m launch.bench ahead --workdir=runs/tiny_text --depths=32 --speculate=4:8 --parallel=8 --batch_size=8
 
+python -m launch.bench trust --config=experiments/tiny_text.py --depths=4,4
+
 python -m launch.bench data --config=experiments/small_text.py --read_millis=30
 
 python -m launch.bench prepare --megabytes=10 --megabytes=1000 --processes=2
@@ -20,6 +22,8 @@ import json
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 from absl import flags
 
@@ -32,7 +36,7 @@ _EXIT = flags.DEFINE_string(
 )
 _CACHE = flags.DEFINE_string('cache', 'ring:1', 'exits: as for launch.generate')
 _WINDOW = flags.DEFINE_integer('window', 4, 'exits: rows that start their next token together')
-_DEPTHS = flags.DEFINE_multi_string('depths', None, 'train: n,k (without and with gradient); decode: depth; repeat')
+_DEPTHS = flags.DEFINE_multi_string('depths', None, 'train, trust: n,k (without, with gradient); others: depth; repeat')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'times that each depth is measured, alternating with the twin')
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'timed calls in each round')
 _THREADS = flags.DEFINE_integer('threads', None, 'CPU threads of both programs; default: the cores they may use')
@@ -56,7 +60,7 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 
 def main(verb: str) -> int:
   if verb not in _DEFAULT_DEPTHS:
-    return {'exits': _exits, 'ahead': _ahead, 'data': _data, 'prepare': _prepare}[verb]()
+    return {'exits': _exits, 'ahead': _ahead, 'trust': _trust, 'data': _data, 'prepare': _prepare}[verb]()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
@@ -109,6 +113,21 @@ def _trained():
   model = trained.load(workdir)
   prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
   return model, depths or [model.config.depth.mean], prompts, benchmark.Effort(_ROUNDS.value, _REPEATS.value)
+
+
+def _trust() -> int:
+  config = program.sealed(_CONFIG)
+  k = config.depth.backprop_depth
+  depths = depths_of('train', _DEPTHS.value or [f'{config.depth.mean - k},{k}'])
+  xla_flags.use_threads(_THREADS.value)
+  xla_flags.keep_memory()
+  from latent_loop import benchmark, benchmark_trust
+
+  effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value)
+  for depth in depths:
+    with tempfile.TemporaryDirectory() as folder:
+      _show(benchmark_trust.trust(config, depth, Path(folder), effort))
+  return 0
 
 
 def _data() -> int:
@@ -167,4 +186,4 @@ def rounded(value):
 
 
 if __name__ == '__main__':
-  program.run(main, verbs=('train', 'decode', 'exits', 'ahead', 'data', 'prepare'))
+  program.run(main, verbs=('train', 'decode', 'exits', 'ahead', 'trust', 'data', 'prepare'))

@@ -6,6 +6,7 @@ source launch/env.sh
 ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/server.txt \
   launch/requirements/tpu.txt
 
+unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes, which need not compile the same files each
 ruff check .
 ruff format --check --quiet .
 python -m pytest -n 2 --dist loadfile "$@"

@@ -5,11 +5,14 @@ import json
 import math
 import os
 import sys
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
-from latent_loop import benchmark
+from latent_loop import benchmark, benchmark_trust
+from latent_loop.checkpoint import inspect
 from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.twin import Twin
@@ -63,6 +66,22 @@ def test_decoding_lines_have_the_keys_of_the_contract(machine):
     assert line.keys() >= SPEED - {'memory_bytes'} | {'cache_bytes', 'first_token_seconds'} and line['cache'] == 'full'
     assert line['tokens_per_second'] == 3 * 2 / line['seconds_median']
   json.dumps(lines)
+
+
+@pytest.mark.slow
+def test_trust_is_measured_on_the_step_that_trains_and_its_saves_are_whole(machine, tmp_path):
+  config = tiny_config(**TINY)
+  with mock.patch.object(benchmark_trust, 'train_point', wraps=benchmark.train_point) as made:
+    _, guard, sums, saves = benchmark_trust.trust(config, (0, 2), tmp_path, benchmark.Effort(1, 2))
+  assert (guard['mode'], sums['mode'], saves['mode']) == ('guards', 'checksums', 'saves') and made.call_count == 2
+  assert len(guard['seconds']) == 2 and guard['share_of_step'] > -1 and sums['share_of_step'] > 0
+  state = made.call_args.args[2][0]
+  arrays = [leaf for leaf in jax.tree.leaves(state) if leaf is not None]
+  assert sums['state_bytes'] == sum(leaf.nbytes for leaf in arrays) > 8 * 4
+  assert len(saves['call_seconds']) == len(saves['step_behind_seconds']) == 2 and saves['stall_seconds_median'] > 0
+  assert saves['allowed_seconds'] == max(saves['step_seconds_median'], 0.05)
+  assert [': good' in line for line in inspect.verify(tmp_path, [])] == [True]
+  json.dumps([guard, sums, saves])
 
 
 def test_the_twin_is_asked_for_the_sizes_of_the_config(twin):

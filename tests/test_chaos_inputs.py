@@ -118,7 +118,6 @@ def test_a_report_is_drawn_over_broken_and_skipped_steps():
   curve += [{'step': 4, 'loss': 'x', 'n': 1, 'k': 1}, {'step': 5, 'loss': 1.0, 'n': 10**30, 'k': 1}]
   figure = depth_report._draw(numbers, curve)
   assert list(figure.axes[2].lines[0].get_xdata()) == [1, 2, 5]
-  depth_report.plt.close(figure)
 
 
 def test_what_is_larger_than_the_memory_is_refused_before_it_is_allocated(monkeypatch):

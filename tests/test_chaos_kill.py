@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from matplotlib.figure import Figure
 
 from latent_loop import storage, workdir
 from latent_loop.chaos import kill
@@ -98,7 +99,7 @@ def test_a_kill_before_config_json_is_there_leaves_a_folder_to_start_in(tmp_path
 
 def test_a_kill_while_the_report_is_written_leaves_no_half_json(tmp_path, monkeypatch):
   """depth_report.json says that a run is finished."""
-  monkeypatch.setattr(depth_report, '_draw', lambda *args: depth_report.plt.figure())
+  monkeypatch.setattr(depth_report, '_draw', lambda *args: Figure())
   monkeypatch.setattr(depth_report, '_page', lambda *args: '')
   monkeypatch.setattr(os, 'replace', die)
   with pytest.raises(Killed):

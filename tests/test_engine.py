@@ -198,7 +198,7 @@ def test_rows_that_think_on_are_not_touched_when_another_passes(engine):
     flight = continuous.take_off(engine.model, engine.params, engine._begin(requests, asks), asks)
     marked = jax.tree.map(lambda x: jnp.where(left_B[None, :, None, None, None], x, 7.0), flight.decoding.cache)
     flight = dataclasses.replace(flight, left_B=left_B, decoding=dataclasses.replace(flight.decoding, cache=marked))
-    after = continuous._next_tokens(engine.model, engine.params, flight, asks, 3)
+    after = jax.jit(continuous._next_tokens, static_argnums=(0, 4))(engine.model, engine.params, flight, asks, 3)
   others = np.array([0, 2])
   for old, new in zip(*(jax.tree.leaves(x.decoding.cache) for x in (flight, after)), strict=True):
     assert np.array_equal(old[:, others], new[:, others])

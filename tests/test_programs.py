@@ -305,7 +305,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
   args = [f'--config={tmp_path}/long.py', f'--workdir={tmp_path}/run']
   (tmp_path / 'long.py').write_text(
     'from latent_loop.sealing import from_json, view\n'
-    f'def get_config():\n  return view(from_json({to_json(tiny_run(60))!r}, ""))\n'
+    f'def get_config():\n  return view(from_json({to_json(tiny_run(24))!r}, ""))\n'
   )
   command = [sys.executable, '-m', 'launch.train', *args, '--config.checkpoint.every_steps=1000']
   process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -318,7 +318,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
   result = subprocess.run([*command], cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0 and 'continuing at step' in result.stdout
   steps = [json.loads(line)['step'] for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-  assert steps == list(range(1, 61))
+  assert steps == list(range(1, 25))
 
 
 @pytest.mark.slow

@@ -6,16 +6,9 @@ import io
 import json
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')  # files only: no screen is needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from latent_loop import storage  # noqa: E402
-from latent_loop.metrics import finite  # noqa: E402
-from latent_loop.storage import Path  # noqa: E402
+from latent_loop import storage
+from latent_loop.metrics import finite
+from latent_loop.storage import Path
 
 COLUMNS = (
   ('loss_by_depth', 'loss, nats per token', '.4f'),
@@ -33,10 +26,8 @@ _DEEPEST_BIN = 256  # takes what is deeper, too
 
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
   """Writes depth_report.{html,png,json} and returns their paths."""
-  figure = _draw(numbers, curve)
   png = io.BytesIO()
-  figure.savefig(png, format='png', dpi=110)
-  plt.close(figure)
+  _draw(numbers, curve).savefig(png, format='png', dpi=110)
   paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
   paths[0].write_text(_page(name, numbers, png.getvalue()))
   paths[1].write_bytes(png.getvalue())
@@ -44,8 +35,12 @@ def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[st
   return paths
 
 
-def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Figure:
-  figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout='constrained')
+def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Any:
+  """A matplotlib Figure."""
+  from matplotlib.figure import Figure  # most of a second, which programs that draw nothing need not wait
+
+  figure = Figure(figsize=(11, 7.5), layout='constrained')
+  axes = figure.subplots(2, 2)
   mean = numbers['mean_depth']
   is_task = numbers['chance_accuracy'] is not None
   key, label = ('accuracy_by_depth', 'accuracy') if is_task else ('loss_by_depth', 'validation loss, nats per token')
@@ -66,7 +61,7 @@ def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Figure:
   return figure
 
 
-def _by_depth(axes: Axes, values: dict[str, float], mean: int, label: str) -> None:
+def _by_depth(axes: Any, values: dict[str, float], mean: int, label: str) -> None:
   depths = [int(depth) for depth in values]
   axes.plot(depths, list(values.values()), marker='o')
   axes.axvline(mean, color='tab:orange', linestyle='--', linewidth=1, label=f'mean depth {mean}')
