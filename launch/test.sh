@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
 ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/server.txt \
-  launch/requirements/tpu.txt
+  launch/requirements/tpu.txt launch/requirements/interop.txt
 
 ruff check .
 ruff format --check --quiet .
