@@ -47,7 +47,7 @@ ensure_venv() {
   wanted=$(cat "$@" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $*"
-    python -m pip install --quiet --disable-pip-version-check "${options[@]}"
+    python -m pip install --quiet --disable-pip-version-check "${options[@]}" || return
     echo "$wanted" >"$stamp"
   fi
 }

@@ -6,7 +6,7 @@ writing both go by it, and are exact inverses.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from latent_loop.model import Params, build
 from latent_loop.parallel.sharding import path_of
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
-_EMBEDDING, _HEAD, _ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_cis'
+_EMBEDDING, _HEAD, ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_cis'
 
 # --- config ------------------------------------------------------------------------------------------
 
@@ -261,9 +261,26 @@ def _join_qk_bias(q_NH: np.ndarray, k_NH: np.ndarray) -> np.ndarray:
 
 def to_hf(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
   """Their tensors, by name, from our parameters (or gradients); raises BadInput for a model that is not Huginn's."""
+  return dict(stream_to_hf(params, cfg))
+
+
+def stream_to_hf(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """The same one by one, in the order of `table`, so that the host need not hold all of them."""
   _check_exportable(cfg)
-  ours = {path_of(keypath): np.asarray(leaf) for keypath, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  return {t.name: np.ascontiguousarray(t.join(*(ours[path] for path in t.paths))) for t in table(cfg)}
+  ours = {path_of(keypath): leaf for keypath, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  for t in table(cfg):
+    yield t.name, np.ascontiguousarray(t.join(*(np.asarray(ours[path]) for path in t.paths)))
+
+
+def rotary_table(cfg: ModelConfig, positions: int) -> np.ndarray:
+  """The buffer that the reference stores beside its weights: cosine and sine, [1, positions, 1, H/2, 2].
+
+  All in float32, as the reference makes it; its sines may differ in the last digit.
+  """
+  dim = np.float32(cfg.head_dim)
+  frequencies = np.float32(1) / np.float32(cfg.rope_base) ** (np.arange(0, cfg.head_dim, 2, dtype=np.float32) / dim)
+  angles = np.outer(np.arange(positions, dtype=np.float32), frequencies)
+  return np.stack([np.cos(angles), np.sin(angles)], axis=-1)[None, :, None]
 
 
 def read_params(folder: Path, cfg: ModelConfig) -> Params:
@@ -320,7 +337,7 @@ def _read_shaped(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check_extras(where: dict[str, Path], cfg: ModelConfig) -> None:
   """A second copy of the tied head and the rotary table may be stored, but must say what the model computes."""
-  unknown = sorted(where.keys() - {tensor.name for tensor in table(cfg)} - {_HEAD, _ROTARY})
+  unknown = sorted(where.keys() - {tensor.name for tensor in table(cfg)} - {_HEAD, ROTARY})
   if unknown:
     raise BadInput(f'{where[unknown[0]]}: unknown tensor {unknown[0]!r}; this model has no place for it')
   if _HEAD in where:
@@ -328,17 +345,16 @@ def _check_extras(where: dict[str, Path], cfg: ModelConfig) -> None:
     head = _read_shaped(where[_HEAD], _HEAD, shape)
     if _EMBEDDING in where and not np.array_equal(head, _read_shaped(where[_EMBEDDING], _EMBEDDING, shape)):
       raise BadInput(f'{where[_HEAD]}: {_HEAD} differs from {_EMBEDDING}; only tied embeddings are supported')
-  if _ROTARY in where:
-    _check_rotary(where[_ROTARY], cfg)
+  if ROTARY in where:
+    _check_rotary(where[ROTARY], cfg)
 
 
 def _check_rotary(path: Path, cfg: ModelConfig) -> None:
-  stored = files.read_tensor(path, _ROTARY)
+  stored = files.read_tensor(path, ROTARY)
   half = cfg.head_dim // 2
   if stored.ndim != 5 or stored.shape != (1, stored.shape[1], 1, half, 2):
-    raise BadInput(f'{path}: {_ROTARY} has shape {stored.shape}; the rule is (1, positions, 1, {half}, 2)')
-  angles = np.outer(np.arange(stored.shape[1]), cfg.rope_base ** (-np.arange(half) / half))
-  expected = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[None, :, None]
+    raise BadInput(f'{path}: {ROTARY} has shape {stored.shape}; the rule is (1, positions, 1, {half}, 2)')
+  expected = rotary_table(cfg, stored.shape[1])
   # Wide enough for a bfloat16 copy and for float32 angles of thousands of radians; another base is off by 1.
   if not np.allclose(stored, expected, rtol=0, atol=1e-2):
-    raise BadInput(f'{path}: {_ROTARY} is not the rotary table of rope_base={cfg.rope_base:g}; correct the config')
+    raise BadInput(f'{path}: {ROTARY} is not the rotary table of rope_base={cfg.rope_base:g}; correct the config')

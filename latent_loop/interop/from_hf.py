@@ -1,0 +1,90 @@
+"""A checkpoint of the reference as the folder of a run of ours: its config, and its weights as verified step 0."""
+
+import dataclasses
+import math
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from latent_loop import storage
+from latent_loop.checkpoint import Checkpoints
+from latent_loop.config import Config, DataConfig, MeshConfig, TrainConfig
+from latent_loop.data import make_tokenizer
+from latent_loop.errors import BadInput, SaveFailed
+from latent_loop.interop import files, huggingface, tokenizer_files
+from latent_loop.interop.to_hf import check_free
+from latent_loop.model import Params, build
+from latent_loop.optim import make_optimizer
+from latent_loop.parallel import memory
+from latent_loop.parallel import mesh as meshes
+from latent_loop.step import TrainState, make_sharded_state
+from latent_loop.trust import guards
+from latent_loop.workdir import open_workdir
+
+DATA = 'data'  # where parquet files for evaluation belong, in the workdir
+_UNFINISHED = '.unfinished'
+
+
+def take_in(folder: Path, workdir: storage.Path) -> Config:
+  """Makes `workdir`, which must not exist, from the checkpoint in `folder`; returns its config.
+
+  Raises BadInput for what is not Huginn's or is broken, before anything is written; SaveFailed when the disk refuses.
+  """
+  storage.local_only(workdir, 'what from_hf makes')
+  check_free(workdir, '--workdir')
+  config = config_of(folder, workdir.absolute())
+  params = huggingface.read_params(folder, config.model)
+  unfinished = workdir.with_name(workdir.name + _UNFINISHED)
+  try:
+    if unfinished.exists():
+      shutil.rmtree(unfinished)
+    open_workdir(unfinished, config)
+    _copy_tokenizer(folder, unfinished)
+    _save(unfinished, config, params)
+    os.rename(unfinished, workdir)
+  except OSError as error:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise SaveFailed(f'--workdir={workdir}: it could not be written ({error}); make room, start again') from error
+  return config
+
+
+def config_of(folder: Path, workdir: Path) -> Config:
+  """The config of a run that could have made the checkpoint. Without a tokenizer.json, or with that of bytes, text is
+  bytes; else it is read with a copy of the file in `workdir`. Raises BadInput."""
+  model, depth = huggingface.read_config(folder)
+  values, path = files.read_json(folder / huggingface.CONFIG), folder / huggingface.CONFIG
+  seq_len = files.entry(path, values, 'block_size', int)
+  found = folder / tokenizer_files.TOKENIZER
+  data = DataConfig(seq_len=seq_len)
+  if found.exists() and not tokenizer_files.is_bytes(found):
+    there = DataConfig(source='parquet', seq_len=seq_len, paths=(str(workdir / DATA),), tokenizer=str(found))
+    ids = make_tokenizer(there).vocab_size
+    if ids > model.vocab_size:
+      raise BadInput(f'{found}: has {ids} token ids, and the model {model.vocab_size}; they are not of one checkpoint')
+    data = dataclasses.replace(there, tokenizer=str(workdir / tokenizer_files.TOKENIZER))
+  train = TrainConfig()
+  train = dataclasses.replace(train, loss_chunk=math.gcd(train.loss_chunk, seq_len))
+  return Config(name=folder.absolute().name, model=model, depth=depth, data=data, train=train)
+
+
+def _copy_tokenizer(folder: Path, workdir: Path) -> None:
+  for name in (tokenizer_files.TOKENIZER, tokenizer_files.ABOUT):
+    if (folder / name).is_file():
+      storage.write(workdir / name, (folder / name).read_bytes())
+
+
+def _save(workdir: Path, config: Config, params: Params) -> None:
+  """Step 0 as the trainer would have saved it, these parameters in the place of the drawn ones."""
+  mesh = meshes.make_mesh(MeshConfig())
+  model, optimizer = build(config.model, config.depth), make_optimizer(config.optim, config.train.num_steps)
+  init, specs = make_sharded_state(config, model, optimizer, mesh)
+  memory.check_state(jax.eval_shape(init), specs)
+  with jax.set_mesh(mesh):
+    around = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), None, guards.Skips.none())
+    state = jax.jit(around, out_shardings=specs)(jax.device_put(params, specs.params))
+  with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    # No data made these weights, so there is no fingerprint to hold later data against.
+    checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': None})
