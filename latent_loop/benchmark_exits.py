@@ -1,6 +1,7 @@
 """What stopping early saves in seconds: a trained model at fixed depth, in step, and by continuous depth batching.
 
-The three answer the same requests, alternating in one run; predicted is what counted FLOPs (model/cost.py) allow.
+The three answer the same requests, alternating in one run; predicted is what counted FLOPs (model/cost.py) allow, once
+for the whole call, whose prompt is read at full depth, and once for what comes after the prompt.
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ def exits(
   ]
   early = [dataclasses.replace(request, exit=rule) for request in fixed]
   engine = trained.engine_of(this, cache)
+  prompt = [dataclasses.replace(request, max_new_tokens=1) for request in fixed]
   ways = {
+    'prompt': lambda: engine.answer(prompt),
     'fixed': lambda: engine.answer(fixed),
     'in_step': lambda: engine.answer(early),
     'continuous': lambda: engine.answer_flying(early, window),
@@ -47,13 +50,14 @@ def exits(
       way()
       seconds[name].append(time.perf_counter() - start)
   counted = cost.count(engine.model, prompts.prompt_tokens + prompts.new_tokens)
-  flops = {
-    name: _flops_per_token(engine.model, counted, answers[name], rule if name != 'fixed' else ExitRule())
-    for name in ways
-  }
+  reading = prompts.batch_size * (prompts.prompt_tokens * (counted.outer + counted.core * depth) + counted.head)
+  rules = {'fixed': ExitRule(), 'in_step': rule, 'continuous': rule}
+  flops = {name: _flops(engine.model, counted, answers[name], its) for name, its in rules.items()}
   medians = {name: statistics.median(values) for name, values in seconds.items()}
-  for name in ways:
-    predicted, speedup = flops['fixed'] / flops[name], medians['fixed'] / medians[name]
+  for name in rules:
+    predicted = (reading + flops['fixed']) / (reading + flops[name])
+    speedup = medians['fixed'] / medians[name]
+    decoding = (medians['fixed'] - medians['prompt']) / (medians[name] - medians['prompt'])
     yield {
       'mode': 'exits',
       'way': name,
@@ -63,10 +67,13 @@ def exits(
       'tokens_per_second': sum(len(answer.tokens) for answer in answers[name]) / medians[name],
       'seconds_median': medians[name],
       'seconds': seconds[name],
+      'prompt_seconds_median': medians['prompt'],
       'speedup': speedup,
       'predicted_speedup': predicted,
       'share_of_predicted': speedup / predicted,
-      'same_tokens_as_in_step': answers[name] == answers['in_step'],
+      'decoding_speedup': decoding,
+      'predicted_decoding_speedup': flops['fixed'] / flops[name],
+      'same_tokens_as_in_step': [a.tokens for a in answers[name]] == [a.tokens for a in answers['in_step']],
       'batch_size': prompts.batch_size,
       'window': window,
       'cache': cache,
@@ -78,10 +85,11 @@ def _mean_depth(answers: list[Answer]) -> float:
   return float(np.mean([depth for answer in answers for depth in answer.depths[1:]]))
 
 
-def _flops_per_token(model: Model, counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
-  """Prelude, iterations, and coda and head as often as the rule reads."""
+def _flops(model: Model, counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
+  """Of all tokens behind the first of each row: prelude, iterations, and coda and head as often as the rule reads."""
   depth, cfg = _mean_depth(answers), model.cfg
   reads = max(1.0, (depth - rule.min_depth) / rule.every + 1) if rule.kind in READING else 1.0
   coda_share = cfg.num_coda_layers / max(cfg.num_prelude_layers + cfg.num_coda_layers, 1)
   coda = counted.outer_blocks * coda_share + counted.outer - counted.outer_blocks
-  return counted.outer - coda + counted.core * depth + reads * (coda + counted.head)
+  per_token = counted.outer - coda + counted.core * depth + reads * (coda + counted.head)
+  return per_token * sum(len(answer.tokens) - 1 for answer in answers)

@@ -59,7 +59,8 @@ def seal(values: Any, cls: type = Config, path: str = 'config') -> Any:
     _check_known(name, hints, path)
   missing = [name for name in hints if name not in given]
   if missing:
-    raise BadInput(f'{path}.{missing[0]}: missing; start from latent_loop.sealing.view(Config()), which has every key')
+    names = ', '.join(f'{path}.{name}' for name in missing)
+    raise BadInput(f'{names}: missing; start from latent_loop.sealing.view(Config()), which has every key')
   return cls(**{name: _seal_value(given[name], hints[name], f'{path}.{name}') for name in hints})
 
 
@@ -134,7 +135,10 @@ def from_json(text: str, path: str) -> Config:
     _require(isinstance(values, dict), 'not a JSON object')
     return seal(values)
   except (ValueError, RecursionError) as error:  # of json, or BadInput
-    raise BadInput(f'{path}: not a sealed config ({error}); restore the file, or start a new workdir') from error
+    raise BadInput(
+      f'{path}: not a sealed config ({error}); restore the file, or, where an older version of the code wrote it, add '
+      'what is missing with the defaults of latent_loop/config.py'
+    ) from error
 
 
 def fingerprint(config: Config) -> str:

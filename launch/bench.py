@@ -50,12 +50,8 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 
 
 def main(verb: str) -> int:
-  if verb == 'exits':
-    return _exits()
-  if verb == 'data':
-    return _data()
-  if verb == 'prepare':
-    return _prepare()
+  if verb not in _DEFAULT_DEPTHS:
+    return {'exits': _exits, 'data': _data, 'prepare': _prepare}[verb]()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)

@@ -1,10 +1,14 @@
 """The only place that touches the environment: 8 virtual CPU devices, strict shapes, exact matrix products.
 
 Compiling is most of the time of these tests, so XLA is told to optimize little and to use its older emitter
-of fused loops: a quarter of the time, the same mathematics.
+of fused loops: a quarter of the time, the same mathematics. And what one process has compiled, the others of the same
+session (workers, programs under test) find in a folder of this session.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 _FLAGS = (
   '--xla_force_host_platform_device_count=8',
@@ -16,6 +20,11 @@ _FLAGS = (
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -9,6 +9,7 @@ import pytest
 
 from latent_loop.benchmark import Compiles
 from latent_loop.errors import BadInput
+from latent_loop.inference import continuous
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes, fill_deeper, new_cache
 from latent_loop.inference.decode import start_states
@@ -187,6 +188,23 @@ def test_rows_at_different_depths_get_what_they_get_in_step(engine, mixed, windo
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
+
+
+def test_rows_that_think_on_are_not_touched_when_another_passes(engine):
+  """Also where they fill up the window: their columns hold a mark that any writing would replace."""
+  requests = [ask(prompt, depth=3, max_new_tokens=4) for prompt in ((3, 1, 4), (1, 5), (9, 2, 6))]
+  asks, left_B = asks_of(requests), jnp.array([False, True, False])
+  with jax.set_mesh(engine.mesh):
+    flight = continuous.take_off(engine.model, engine.params, engine._begin(requests, asks), asks)
+    marked = jax.tree.map(lambda x: jnp.where(left_B[None, :, None, None, None], x, 7.0), flight.decoding.cache)
+    flight = dataclasses.replace(flight, left_B=left_B, decoding=dataclasses.replace(flight.decoding, cache=marked))
+    after = continuous._next_tokens(engine.model, engine.params, flight, asks, 3)
+  others = np.array([0, 2])
+  for old, new in zip(*(jax.tree.leaves(x.decoding.cache) for x in (flight, after)), strict=True):
+    assert np.array_equal(old[:, others], new[:, others])
+  for old, new in zip(*(jax.tree.leaves(continuous._without_cache(x)) for x in (flight, after)), strict=True):
+    assert np.array_equal(old[others], new[others])
+  assert int(after.decoding.count_B[1]) == int(flight.decoding.count_B[1]) + 1 and not bool(after.left_B[1])
 
 
 def rule(**values):

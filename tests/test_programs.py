@@ -259,6 +259,18 @@ def test_evaluate_generate_and_lens(copy):
   assert (copy / 'lens.html').read_text().startswith('<!doctype html>')
 
 
+@pytest.mark.slow
+def test_bench_exits_counts_the_prompt_and_what_comes_after_it(copy):
+  sizes = ['--prompt_tokens=4', '--new_tokens=6', '--batch_size=3', '--window=2', '--rounds=1', '--repeats=1']
+  result = launch('bench', 'exits', f'--workdir={copy}', '--exit=latent-diff:0.5', '--depths=6', *sizes)
+  assert result.returncode == 0, result.stderr
+  fixed, in_step, continuous = (json.loads(line) for line in result.stdout.splitlines())
+  assert [fixed['way'], in_step['way'], continuous['way']] == ['fixed', 'in_step', 'continuous']
+  assert fixed['mean_depth'] == 6 and fixed['predicted_speedup'] == fixed['predicted_decoding_speedup'] == 1
+  assert continuous['same_tokens_as_in_step'] and continuous['mean_depth'] == in_step['mean_depth'] < 6
+  assert 1 < in_step['predicted_speedup'] < in_step['predicted_decoding_speedup'] < 6 / in_step['mean_depth']
+
+
 def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
   result = launch('train', '--config=experiments/huginn_3p5b.py', f'--workdir={tmp_path}/x', '--dry_run')
   assert result.returncode == 0, result.stderr

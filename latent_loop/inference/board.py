@@ -154,7 +154,7 @@ def _lay(flight: Flight, asks: Asks, row: Decoding, row_asks: Asks, slot: jax.Ar
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='flight')
 def _start(model: Model, params: Params, flight: Flight, asks: Asks, slot_1: jax.Array) -> Flight:
-  return start_tokens(model, params, flight, asks, slot_1, jnp.ones((1,), bool))
+  return start_tokens(model, params, flight, asks, slot_1)
 
 
 @functools.partial(jax.jit, donate_argnames='flight')

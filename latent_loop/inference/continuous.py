@@ -2,7 +2,7 @@
 
 Every iteration runs the same weights, so nobody has to wait for the slowest row: a row that has thought enough goes
 through coda, sampling and prelude and starts its next token while the others go on. That passage is made for a few
-rows at a time (`Flight.window` of them), gathered out of the batch, so time follows the mean depth, not the largest.
+rows at a time (the `window` of `fly`), gathered out of the batch, so time follows the mean depth, not the largest.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from latent_loop.inference.cache import Cache, Slots, fill_deeper
+from latent_loop.inference.cache import Cache, Layer, Slots, fill_deeper
 from latent_loop.inference.decode import Asks, Decoding, emit, start_states
 from latent_loop.inference.exits import Memory
 from latent_loop.inference.think import Feed, Reading, decide, embed, iterate, speak
@@ -52,25 +52,30 @@ def take_off(model: Model, params: Params, decoding: Decoding, asks: Asks) -> Fl
     'memory': Memory.empty(decoding.s_BTD[:, 0], model.cfg.vocab_size),
     'left_B': jnp.zeros((B,), bool),
   }
-  return start_tokens(model, params, Flight(decoding, **fields), asks, jnp.arange(B), decoding.running_B)
+  return start_tokens(model, params, Flight(decoding, **fields), asks, jnp.arange(B))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'slots', 'window'), donate_argnames='flight')
 def fly(
   model: Model, params: Params, flight: Flight, asks: Asks, iterations: jax.Array, *, slots: Slots, window: int
 ) -> Flight:
-  """Up to `iterations` applications of the core to all rows; ends early once no row runs."""
+  """Up to `iterations` applications of the core to all rows; ends early once no row runs.
 
-  def body(loop):
+  After each of them rows pass, `window` at a time, as long as so many wait, or some do and none thinks.
+  """
+
+  def due(flight):
+    waiting = jnp.sum(flight.left_B)
+    return (waiting >= window) | (waiting > 0) & ~jnp.any(flight.thinking_B)
+
+  def turn(loop):
     i, flight = loop
     flight = _think(model, params, flight, asks, slots)
-    waiting = jnp.sum(flight.left_B)
-    full = (waiting >= window) | (waiting > 0) & ~jnp.any(flight.thinking_B)
     speak = lambda flight: _next_tokens(model, params, flight, asks, window)
-    return i + 1, jax.lax.cond(full, speak, lambda flight: flight, flight)
+    return i + 1, jax.lax.while_loop(due, speak, flight)
 
   runs = lambda loop: (loop[0] < iterations) & jnp.any(loop[1].decoding.running_B)
-  return jax.lax.while_loop(runs, body, (0, flight))[1]
+  return jax.lax.while_loop(runs, turn, (0, flight))[1]
 
 
 def _think(model: Model, params: Params, flight: Flight, asks: Asks, slots: Slots) -> Flight:
@@ -96,37 +101,49 @@ def _think(model: Model, params: Params, flight: Flight, asks: Asks, slots: Slot
 
 def _next_tokens(model: Model, params: Params, flight: Flight, asks: Asks, window: int) -> Flight:
   """The first `window` waiting rows through coda, sampling and prelude."""
-  this = flight.decoding
   rows_G = jnp.argsort(~flight.left_B)[:window]
-  ready_G = flight.left_B[rows_G]
-  feed = dataclasses.replace(_part(_feed(this, this.s_BTD, flight.left_B), rows_G), rows_B=rows_G)
-  logits_GV, coda = speak(model, params, this.cache.coda, feed)
-  logits_BV = jnp.zeros((len(this.token_B), logits_GV.shape[1])).at[rows_G].set(logits_GV)
-  who_B = jnp.zeros_like(flight.left_B).at[rows_G].set(ready_G)
-  this = dataclasses.replace(this, cache=dataclasses.replace(this.cache, coda=coda))
-  this = emit(this, asks, logits_BV, flight.t_B, who_B)
-  flight = dataclasses.replace(flight, decoding=this, left_B=flight.left_B & ~who_B)
-  return start_tokens(model, params, flight, asks, rows_G, ready_G & this.running_B[rows_G])
+  cache, few, asks = flight.decoding.cache, _part(_without_cache(flight), rows_G), _part(asks, rows_G)
+  ready_G = few.left_B
+  feed = dataclasses.replace(_feed(few.decoding, few.decoding.s_BTD, ready_G), rows_B=rows_G)
+  logits_GV, coda = speak(model, params, cache.coda, feed)
+  few = dataclasses.replace(few, decoding=emit(few.decoding, asks, logits_GV, few.t_B, ready_G))
+  few, prelude = _at_depth_0(model, params, cache.prelude, few, asks, rows_G, ready_G)
+  return _put_back(flight, few, rows_G, ready_G, dataclasses.replace(cache, prelude=prelude, coda=coda))
 
 
-def start_tokens(
-  model: Model, params: Params, flight: Flight, asks: Asks, rows_G: jax.Array, who_G: jax.Array
-) -> Flight:
-  """The rows `who_G` of rows_G at depth 0 of their chosen token."""
-  this = flight.decoding
-  B = len(this.token_B)
-  old_G1D, asks_G = this.s_BTD[rows_G], _part(asks, rows_G)
-  positions_G1 = this.position_B[rows_G][:, None]
-  warm_G1D = jnp.where(
-    asks_G.warm_B[:, None, None], model.leave_core(params, old_G1D), start_states(model, asks_G, positions_G1)
+def start_tokens(model: Model, params: Params, flight: Flight, asks: Asks, rows_G: jax.Array) -> Flight:
+  """These rows at depth 0 of their chosen token."""
+  cache, few = flight.decoding.cache, _part(_without_cache(flight), rows_G)
+  every_G = jnp.ones_like(few.left_B)
+  few, prelude = _at_depth_0(model, params, cache.prelude, few, _part(asks, rows_G), rows_G, every_G)
+  return _put_back(flight, few, rows_G, every_G, dataclasses.replace(cache, prelude=prelude))
+
+
+def _at_depth_0(
+  model: Model, params: Params, prelude: list[Layer], few: Flight, asks: Asks, rows_G: jax.Array, who_G: jax.Array
+) -> tuple[Flight, list[Layer]]:
+  """(few rows, `rows_G` of the buffers, at depth 0 of their chosen token, the prelude's buffers).
+
+  Only rows `who_G` that still run write there.
+  """
+  this = few.decoding
+  positions_G1 = this.position_B[:, None]
+  s_G1D = jnp.where(
+    asks.warm_B[:, None, None], model.leave_core(params, this.s_BTD), start_states(model, asks, positions_G1)
   )
-  feed = Feed(this.token_B[rows_G][:, None], positions_G1, who_G[:, None], warm_G1D, rows_G)
-  e_G1D, prelude = embed(model, params, this.cache.prelude, feed, fresh=False)
-  rows_G = jnp.where(who_G, rows_G, B)  # one behind the last is dropped
-  put = lambda old, new: old.at[rows_G].set(new, mode='drop')
-  empty = Memory.empty(warm_G1D[:, 0], model.cfg.vocab_size)
-  this = dataclasses.replace(
-    this, cache=dataclasses.replace(this.cache, prelude=prelude), s_BTD=put(this.s_BTD, warm_G1D)
-  )
-  memory = jax.tree.map(put, flight.memory, empty)
-  return Flight(this, put(flight.e_BTD, e_G1D), put(flight.t_B, jnp.zeros_like(rows_G)), memory, flight.left_B)
+  feed = dataclasses.replace(_feed(this, s_G1D, who_G & this.running_B), rows_B=rows_G)
+  e_G1D, prelude = embed(model, params, prelude, feed, fresh=False)
+  empty = Memory.empty(s_G1D[:, 0], model.cfg.vocab_size)
+  this, none_G = dataclasses.replace(this, s_BTD=s_G1D), jnp.zeros_like(few.left_B)
+  return Flight(this, e_G1D, jnp.zeros_like(few.t_B), empty, none_G), prelude
+
+
+def _without_cache(flight: Flight) -> Flight:
+  return dataclasses.replace(flight, decoding=dataclasses.replace(flight.decoding, cache=None))
+
+
+def _put_back(flight: Flight, few: Flight, rows_G: jax.Array, who_G: jax.Array, cache: Cache) -> Flight:
+  """The flight with those of the few rows that are `who_G` in their places, over these buffers."""
+  rows_G = jnp.where(who_G, rows_G, len(flight.left_B))  # one behind the last is dropped
+  flight = jax.tree.map(lambda old, new: old.at[rows_G].set(new, mode='drop'), _without_cache(flight), few)
+  return dataclasses.replace(flight, decoding=dataclasses.replace(flight.decoding, cache=cache))
