@@ -14,6 +14,7 @@ import numpy as np
 
 from latent_loop import data
 from latent_loop.config import Config
+from latent_loop.data.chat import ChatRows
 from latent_loop.data.mixture import Mixture
 from latent_loop.data.parquet import ParquetRows
 from latent_loop.data.pipeline import Batches
@@ -35,8 +36,8 @@ class Start:
 
 def audit(config: Config, hosts: list[int], epochs: int, workdir: Path | None, say: Callable[[str], None]) -> list[str]:
   """Says what holds and returns a sentence for every fault. workdir: also compare with what that run recorded."""
-  if config.data.source not in ('prepared', 'parquet'):
-    raise BadInput(f'config.data.source={config.data.source!r}: only prepared and parquet data have an index to replay')
+  if not config.data.paths:
+    raise BadInput(f'config.data.source={config.data.source!r}: only data of config.data.paths has an index to replay')
   size = config.train.batch_size
   for count in hosts:
     if count < 1 or size % count:
@@ -106,7 +107,7 @@ def check_order(rows: data.Rows, ids: np.ndarray, epochs: int) -> list[str]:
   return faults
 
 
-def check_rows(path: str, rows: PreparedRows | ParquetRows, say: Callable[[str], None]) -> list[str]:
+def check_rows(path: str, rows: PreparedRows | ChatRows | ParquetRows, say: Callable[[str], None]) -> list[str]:
   """Whether every token of `rows` but the first of a document is a target once; says what packing costs."""
   if isinstance(rows, ParquetRows):
     say(

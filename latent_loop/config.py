@@ -19,6 +19,7 @@ def _require(condition: bool, sentence: str) -> None:
 LARGEST = 2**31 - 1  # what the devices' 32-bit integers hold
 _MOST_LAYERS = 1024  # each is a part of the program by itself
 _DEEPEST = 2**20
+_ON_DISK = ('prepared', 'parquet', 'chat')  # the sources that read config.data.paths
 
 
 def _check_counts(group: str, values: dict, names: tuple[str, ...], low: int) -> None:
@@ -104,18 +105,18 @@ class DepthConfig:
 @dataclass(frozen=True)
 class DataConfig:
   """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights,
-  packing; parquet reads paths, weights, column, bos, tokenizer.
+  packing; parquet reads paths, weights, column, bos, tokenizer; chat reads paths, weights, packing, tokenizer.
   """
 
   source: str = 'embedded_text'
   seq_len: int = 256
-  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; of parquet files of token ids
+  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; parquet or .jsonl files, globs, folders
   weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
   read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
   column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
   bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
-  tokenizer: str = ''  # path of their tokenizer.json, to read and write text; '' = no samples
+  tokenizer: str = ''  # path of a tokenizer.json; '' = bytes for chat, no samples for parquet
   min_difficulty: int = 1
   max_difficulty: int = 8
   validation_fraction: float = 0.05
@@ -136,9 +137,9 @@ class DataConfig:
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
     )
     _require(
-      bool(self.paths) == (self.source in ('prepared', 'parquet')),
-      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with source "prepared" or '
-      '"parquet" only',
+      bool(self.paths) == (self.source in _ON_DISK),
+      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with the sources '
+      f'{", ".join(_ON_DISK)} only',
     )
     _require(
       not self.weights or (len(self.weights) == len(self.paths) and min(self.weights) > 0),

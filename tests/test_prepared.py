@@ -206,7 +206,7 @@ def test_the_audit_compares_with_what_a_run_recorded(folder, tmp_path):
 
 
 def test_the_audit_refuses_what_it_cannot_replay(folder):
-  with pytest.raises(BadInput, match='only prepared and parquet data'):
+  with pytest.raises(BadInput, match='only data of config.data.paths'):
     audit.audit(Config(), [1], 1, None, print)
   with pytest.raises(BadInput, match='--hosts=3 does not divide'):
     audit.audit(config_of(folder), [3], 1, None, print)

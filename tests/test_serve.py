@@ -21,9 +21,9 @@ from latent_loop.inference.text import Typist, request_of, text_of
 from latent_loop.serving import repl, server
 from latent_loop.serving.app import MAX_BODY_BYTES
 from latent_loop.serving.fields import Limits
-from latent_loop.serving.messages import STOPS
 from latent_loop.tokenizer import Bytes
 from latent_loop.tokenizer import utf8 as tokenizer
+from latent_loop.tokenizer.messages import STOPS
 from tests.browser import headless
 from tests.tiny import mesh_of, random_params, tiny_model
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from latent_loop.config import Config, DataConfig
 from latent_loop.data import tasks
+from latent_loop.data.chat import Chat
 from latent_loop.data.embedded_text import EmbeddedText
 from latent_loop.data.packing import Row
 from latent_loop.data.parquet import Parquet
@@ -37,10 +38,11 @@ class Source(Protocol):
 SOURCES: dict[str, Callable[[Config], Source]] = {
   'embedded_text': lambda config: EmbeddedText(config.data),
   'prepared': lambda config: Prepared(config.data),
+  'chat': lambda config: Chat(config.data),
   'parquet': lambda config: Parquet(config.data, config.model.vocab_size),
   **{name: lambda config, name=name: tasks.Task(name, config.data, config.seed) for name in tasks.TASKS},
 }
-_WITH_TOKENIZER = {'prepared': Prepared, 'parquet': Parquet}
+_WITH_TOKENIZER = {'prepared': Prepared, 'parquet': Parquet, 'chat': Chat}
 
 
 def check_name(cfg: DataConfig) -> None:

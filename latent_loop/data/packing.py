@@ -17,17 +17,20 @@ def window_to_row(window: np.ndarray, weights: np.ndarray | None = None, bos: in
   return _to_row(window, window == bos, window == pad, weights)
 
 
-def pieces_to_row(pieces: list[np.ndarray], seq_len: int, pad: int) -> Row:
+def pieces_to_row(pieces: list[np.ndarray], seq_len: int, pad: int, weights: list[np.ndarray] | None = None) -> Row:
   """Pieces of documents as one row: up to seq_len + 1 tokens, then padding.
 
   The first token of a piece is never a target: what comes before it is of another document, or was a target elsewhere.
+  weights: how much predicting each token of each piece counts, default 1.
   """
   window, starts, used = np.full(seq_len + 1, pad, np.int32), np.zeros(seq_len + 1, bool), 0
   for piece in pieces:
     starts[used] = True
     window[used : used + len(piece)] = piece
     used += len(piece)
-  return _to_row(window, starts, np.arange(seq_len + 1) >= used, None)
+  if weights is not None:
+    weights = np.pad(np.concatenate(weights).astype(np.float32), (0, seq_len + 1 - used))
+  return _to_row(window, starts, np.arange(seq_len + 1) >= used, weights)
 
 
 def _to_row(window: np.ndarray, starts: np.ndarray, padding: np.ndarray, weights: np.ndarray | None) -> Row:

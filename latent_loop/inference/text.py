@@ -15,7 +15,7 @@ def request_of(tokenizer: Tokenizer, prompt: str, **options: Any) -> Request:
     (tokens,) = tokenizer.encode([prompt])
   except UnicodeEncodeError as error:
     raise BadInput(f'--prompt: not UTF-8 text ({error}); write it in UTF-8') from error
-  return Request((tokenizer.bos, *tokens.tolist()), stops=(tokenizer.eos,), **options)
+  return Request((tokenizer.bos, *tokens.tolist()), stops=tokenizer.ends, **options)
 
 
 def text_of(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -> tuple[str, str | None]:

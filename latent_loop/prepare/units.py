@@ -82,12 +82,16 @@ def write_mark(folder: Path, key: str, files: list[Path], counts: dict) -> dict:
   return mark
 
 
+# One for all units of a process: the library keeps a few MB of every tokenizer that was ever loaded.
+_tokenizer = functools.lru_cache(1)(tokenizer.load)
+
+
 def do(unit: Unit, folder: Path) -> dict:
   """Does `unit`, unless its mark says that it is done; returns the mark. Raises BadInput."""
   if (mark := read_mark(folder, unit.key, folder)) is not None:
     return mark
   counts, segments, files = _Counts(unit), [], []
-  code = tokenizer.load(unit.settings.tokenizer)
+  code = _tokenizer(unit.settings.tokenizer)
   if code.fingerprint != unit.settings.fingerprint:
     raise BadInput(f'--tokenizer={unit.settings.tokenizer}: changed while data was prepared with it; start again')
   items = _kept(unit, counts)

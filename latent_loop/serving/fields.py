@@ -7,8 +7,7 @@ from typing import Any
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import ExitRule, Request
 from latent_loop.inference.text import request_of
-from latent_loop.serving import messages
-from latent_loop.tokenizer import Tokenizer
+from latent_loop.tokenizer import Tokenizer, messages
 
 _MAX_TOKENS = 128  # of an answer, where the request does not say
 _MAX_STOP_STRINGS = 8
@@ -131,7 +130,7 @@ def _request(values: dict[str, Any], tokens: tuple[int, ...], tokenizer: Tokeniz
     max_new_tokens=most,
     exit=ExitRule.parse(values.get('exit', 'none')),
     temperature=values.get('temperature', 1.0),
-    stops=(tokenizer.eos,),
+    stops=tokenizer.ends,
     **{name: values[name] for name in names if name in values},
   )
 

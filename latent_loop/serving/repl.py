@@ -6,8 +6,7 @@ from collections.abc import Callable
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Engine, Request
 from latent_loop.inference.text import Typist
-from latent_loop.serving import messages
-from latent_loop.tokenizer import Tokenizer
+from latent_loop.tokenizer import Tokenizer, messages
 
 _HINT = 'Ctrl-C stops an answer, /new forgets what was said, /quit or Ctrl-D leaves.'
 _LIGHTEST, _STEPS = 255, 14  # of the 24 greys among 256 colours, the lighter ones

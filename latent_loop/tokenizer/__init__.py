@@ -9,13 +9,18 @@ from latent_loop.tokenizer import bpe, utf8
 
 
 class Tokenizer(Protocol):
-  """vocab_size: one more than the largest id. fingerprint: equal only for equal tokenizers."""
+  """vocab_size: one more than the largest id. fingerprint: equal only for equal tokenizers.
+
+  chat: None where a chat is plain text. ends: the ids that end an answer.
+  """
 
   vocab_size: int
   bos: int
   eos: int
   pad: int
   fingerprint: str
+  chat: bpe.ChatTokens | None
+  ends: tuple[int, ...]
 
   def encode(self, texts: list[str]) -> list[np.ndarray]: ...
   def decode(self, tokens) -> str: ...
@@ -26,6 +31,7 @@ class Bytes:
 
   vocab_size, bos, eos, pad = utf8.VOCAB_SIZE, utf8.BOS, utf8.EOS, utf8.PAD
   fingerprint = 'bytes'
+  chat, ends = None, (utf8.EOS,)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [utf8.encode(text) for text in texts]

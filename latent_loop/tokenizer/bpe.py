@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +16,10 @@ from latent_loop import optional, storage
 from latent_loop.errors import BadInput
 
 BOS, EOS, PAD = '<|begin_text|>', '<|end_text|>', '<|pad|>'
+CHAT = ('<|begin_header|>', '<|end_header|>', '<|end_turn|>')
 # The reference has ten operator tokens more, whose names it does not publish; their places are reserved here.
 SPECIAL_TOKENS = (
-  BOS, EOS, '<|begin_header|>', '<|end_header|>', '<|end_turn|>', PAD,
+  BOS, EOS, *CHAT, PAD,
   '<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|...|>', '<|del|>',
   *(f'<|c_{i}|>' for i in range(10)), *(f'<|reserved_{i}|>' for i in range(10)),
   '<|tool_out|>', '<|end_tool|>', '<|tool_in|>', '<|end_tool_in|>',
@@ -41,6 +43,14 @@ _NAMES = {
 }
 
 
+class ChatTokens(NamedTuple):
+  """The ids that give a chat its form."""
+
+  begin_header: int
+  end_header: int
+  end_turn: int
+
+
 class FromFile:
   """A tokenizer.json as a Tokenizer; special tokens written out in a text are ordinary text to it."""
 
@@ -56,6 +66,9 @@ class FromFile:
     self.eos = self._special('eos', path)
     self.bos = self._special('bos', path, self.eos)
     self.pad = self._special('pad', path, self.eos)
+    chat = [self._tokenizer.token_to_id(name) for name in CHAT]
+    self.chat = None if None in chat else ChatTokens(*chat)
+    self.ends = (self.eos,) if self.chat is None else (self.eos, self.chat.end_turn)
     self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
   def _special(self, role: str, path: Path, default: int | None = None) -> int:
