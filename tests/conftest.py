@@ -18,6 +18,7 @@ _FLAGS = (
 )
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['HF_HUB_OFFLINE'] = '1'  # what transformers and lm-eval-harness need is here
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 

@@ -1,0 +1,27 @@
+"""lm-eval-harness on a run: python -m launch.lm_eval --model latent_loop --model_args workdir=runs/x,depth=8 --tasks T
+
+Its arguments are those of the harness; tasks of your own: --include_path FOLDER. HF_HUB_OFFLINE=1 keeps it offline.
+"""
+
+import sys
+
+from latent_loop import optional
+from latent_loop.errors import BadInput
+from latent_loop.exit_codes import BAD_INPUT
+
+
+def main() -> None:
+  try:
+    optional.load('lm_eval', 'interop', 'launch.lm_eval')
+    from lm_eval.__main__ import cli_evaluate
+
+    from latent_loop.interop import harness  # noqa: F401  registers the model
+
+    cli_evaluate()
+  except BadInput as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,69 @@
+"""A run under lm-eval-harness: its numbers are those of a plain pass, and a local task runs offline."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from latent_loop.interop import from_hf, to_hf
+from tests.tiny import random_params, tiny_config, tiny_model
+
+pytestmark = pytest.mark.slow
+lm_eval = pytest.importorskip('lm_eval', reason='pip install -r launch/requirements/interop.txt')
+SIZES = {'model.vocab_size': 264, 'data.seq_len': 20}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  from latent_loop.interop.harness import LatentLoop
+
+  tmp = tmp_path_factory.mktemp('lm_eval')
+  config, params = tiny_config(**SIZES), random_params(tiny_model(**SIZES))
+  to_hf.write_folder(tmp / 'hf', to_hf.texts_of(config), params, config, 10**9)
+  from_hf.take_in(tmp / 'hf', tmp / 'run')
+  return LatentLoop(str(tmp / 'run'), depth=3, batch_size=2)
+
+
+def asked(*args):
+  return [SimpleNamespace(args=one) for one in args]
+
+
+def test_a_continuation_scores_what_its_parts_do(model):
+  whole, first, second = model.loglikelihood(asked(('ab', 'cd'), ('ab', 'c'), ('abc', 'd')))
+  assert whole[0] == pytest.approx(first[0] + second[0], abs=1e-4)
+  assert whole[1] == (first[1] and second[1])
+
+
+def test_all_next_bytes_together_are_certain(model):
+  scores = model.loglikelihood(asked(*(('x', chr(i)) for i in range(128))))
+  assert 0 < np.exp([nats for nats, _ in scores]).sum() < 1
+  assert max(scores)[1] or not any(right for _, right in scores)
+
+
+def test_a_text_of_one_row_rolls_as_a_continuation(model):
+  (rolled,) = model.loglikelihood_rolling(asked(('short text',)))
+  assert rolled == pytest.approx(model.loglikelihood(asked(('', 'short text')))[0][0], abs=1e-4)
+
+
+def test_every_token_of_a_long_text_is_scored_once(model, monkeypatch):
+  counted = []
+  monkeypatch.setattr(model, '_score', lambda pairs: counted.extend(pairs) or [(0.0, True)] * len(pairs))
+  model.loglikelihood_rolling(asked(('0123456789' * 7,)))
+  assert sum(len(tokens) - first for tokens, first in counted) == 70
+  assert max(len(tokens) for tokens, _ in counted) == 20
+
+
+def test_answers_end_at_a_stop_string(model):
+  (free,) = model.generate_until(asked(('ab', {'max_gen_toks': 6})))
+  if free:
+    (cut,) = model.generate_until(asked(('ab', {'max_gen_toks': 6, 'until': [free[-1]]})))
+    assert cut == free[: free.index(free[-1])]
+
+
+def test_a_local_task_runs_offline(model):
+  from lm_eval.tasks import TaskManager
+
+  tasks = TaskManager(include_path='tests/lm_eval_tasks', include_defaults=False)
+  results = lm_eval.simple_evaluate(model=model, tasks=['counting'], task_manager=tasks, bootstrap_iters=0)
+  assert results['results']['counting']['acc,none'] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+  assert results['n-samples']['counting']['effective'] == 3
