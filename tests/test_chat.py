@@ -138,7 +138,7 @@ def test_the_loss_does_not_know_what_the_user_should_have_said(folder):
   def loss(batch: Batch):
     s_BTD = jnp.full((3, SEQ_LEN, config.model.width), 0.3)
     y_BTD = model.forward(params, s_BTD, batch.tokens_BT, rows_of(batch), 1, 2, None)
-    return chunked_loss(model, params, y_BTD, batch, config.train).mean
+    return chunked_loss(model, params, y_BTD, batch, config.train).value()
 
   ignored = batch.weights_BT == 0
   changed = lambda where: dataclasses.replace(batch, targets_BT=np.where(where, 65, batch.targets_BT))
