@@ -82,6 +82,7 @@ def _write_weights(folder: Path, params: Params, cfg: ModelConfig, positions: in
   tensors = _chain(rotary, params, cfg)
   for name, shard in zip(names, shards, strict=True):
     save_file(dict(next(tensors) for _ in shard), folder / name, metadata={'format': 'pt'})
+    (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
     with open(folder / name, 'rb') as file:
       os.fsync(file.fileno())
   if len(shards) > 1:
