@@ -11,4 +11,5 @@ ensure_environment launch/requirements/interop.txt || echo "note: launch/require
 unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes, which need not compile the same files each
 ruff check .
 ruff format --check --quiet .
-python -m pytest -n 2 --dist loadfile "$@"
+# In the order of their names: xdist would leave files with few tests to the end, and those are the slowest.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
