@@ -5,8 +5,7 @@ cd "$(dirname "$0")/.."
 source launch/env.sh
 ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/server.txt \
   launch/requirements/tpu.txt
-# Large (PyTorch), and only its own tests need it: where it cannot be had they are skipped and say so.
-ensure_environment launch/requirements/interop.txt || echo "note: launch/requirements/interop.txt was not installed"
+# launch/requirements/interop.txt (PyTorch) is left to whoever wants its tests: without it they are skipped and say so.
 
 unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes, which need not compile the same files each
 ruff check .

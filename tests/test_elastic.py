@@ -106,7 +106,6 @@ def assert_goes_on(run: storage.Path, workdir: storage.Path, bitwise: bool, thro
   [
     ('local', 8, {'fsdp': 8}),
     ('local', 8, {'fsdp': 4, 'tensor': 2}),
-    ('local', 2, {'fsdp': 2}),
     *(('remote', devices, {'fsdp': devices}) for devices in (4, 2, 1)),
   ],
 )
