@@ -26,6 +26,16 @@ from latent_loop.trust import guards
 DEPTH, STATE = 0, 1  # what a key of the step is folded with
 
 
+def key_of(key: jax.Array, step: jax.Array, use: int) -> jax.Array:
+  """The key of one use at one step, from that of the run."""
+  return jax.random.fold_in(jax.random.fold_in(key, step), use)
+
+
+def draw_depth(config: Config, key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(n, k) of this step, from the key of the run."""
+  return depth.draw(config.depth, key_of(key, step, DEPTH), step)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -113,12 +123,11 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
 
   @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
-    key_of = lambda step, use: jax.random.fold_in(jax.random.fold_in(key, step), use)
-    draw = lambda step: depth.draw(config.depth, key_of(step, DEPTH), step)
-    n, k = draw(state.step)
+    n, k = draw_depth(config, key, state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
     example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
-    loss, grads = gradients(state.params, batch, example_ids_B, key_of(state.step, STATE), n, k, total_weight)
+    state_key = key_of(key, state.step, STATE)
+    loss, grads = gradients(state.params, batch, example_ids_B, state_key, n, k, total_weight)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -134,7 +143,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
       'learning_rate': schedule(state.step - state.skips.total),
       'n': n,
       'k': k,
-      'next_n': draw(state.step + 1)[0],  # how long the host may wait for the step to come
+      'next_n': draw_depth(config, key, state.step + 1)[0],  # how long the host may wait for the step to come
       'skipped': skips.total,
       'skipped_in_row': skips.in_row,
     }
