@@ -148,6 +148,7 @@ _MISSING = ('--workdir', '--prompt', '--config', '--topology', 'verb', 'belongs 
 def _names(one: Input) -> list[str]:
   """What was drawn, by the names that a sentence about it may use."""
   flags = [re.split('[=.]', arg.lstrip('-'))[-1 if arg.startswith('--config.') else 0] for arg in one.args]
+  flags += [folder for arg in one.args if len(folder := arg.partition('=')[2]) > 3]  # the path, say, that a flag gives
   keys = [arg.partition('=')[0].removeprefix('--config.').split('.')[0] for arg in one.args if '--config.' in arg]
   files = [part for edit in one.edits for part in Path(edit.file).parts[one.kind != 'safetensors' :]]
   files += ['config'] if one.kind == 'experiment' else []  # a key of it
