@@ -23,17 +23,7 @@ from latent_loop.parallel.sharding import ROW_AXES
 from latent_loop.parallel.weights import Gathering, on_rows
 from latent_loop.trust import guards
 
-DEPTH, STATE = 0, 1  # what a key of the step is folded with
-
-
-def key_of(key: jax.Array, step: jax.Array, use: int) -> jax.Array:
-  """The key of one use at one step, from that of the run."""
-  return jax.random.fold_in(jax.random.fold_in(key, step), use)
-
-
-def draw_depth(config: Config, key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(n, k) of this step, from the key of the run."""
-  return depth.draw(config.depth, key_of(key, step, DEPTH), step)
+STATE = 1  # what the key of a step is folded with for its first state; its depth has 0
 
 
 @jax.tree_util.register_dataclass
@@ -123,10 +113,10 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
 
   @functools.partial(jax.jit, donate_argnames='state', out_shardings=(specs, None))
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
-    n, k = draw_depth(config, key, state.step)
+    state_key = jax.random.fold_in(jax.random.fold_in(key, state.step), STATE)
+    n, k = depth.draw(config.depth, key, state.step)
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1)
     example_ids_B = jnp.arange(batch.tokens_BT.shape[0])
-    state_key = key_of(key, state.step, STATE)
     loss, grads = gradients(state.params, batch, example_ids_B, state_key, n, k, total_weight)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -143,7 +133,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
       'learning_rate': schedule(state.step - state.skips.total),
       'n': n,
       'k': k,
-      'next_n': draw_depth(config, key, state.step + 1)[0],  # how long the host may wait for the step to come
+      'next_n': depth.draw(config.depth, key, state.step + 1)[0],  # how long the host may wait for the step to come
       'skipped': skips.total,
       'skipped_in_row': skips.in_row,
     }

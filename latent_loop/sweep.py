@@ -16,8 +16,7 @@ from latent_loop import loop
 from latent_loop.config import Config, ModelConfig
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE
-from latent_loop.model import build, cost
-from latent_loop.step import draw_depth
+from latent_loop.model import build, cost, depth
 from latent_loop.storage import Path, write
 
 _RESAMPLES = 1000
@@ -76,7 +75,7 @@ def _priced(config: Config) -> Cell:
 
 def drawn_depths(config: Config) -> tuple[jax.Array, jax.Array]:
   """(n, k) of every step of a run, [num_steps] each: those that its training step draws."""
-  draw = lambda step: draw_depth(config, jax.random.key(config.seed), step)
+  draw = lambda step: depth.draw(config.depth, jax.random.key(config.seed), step)
   return jax.jit(jax.vmap(draw))(jnp.arange(config.train.num_steps))
 
 

@@ -9,8 +9,7 @@ import pytest
 from latent_loop import loop, sweep
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE, PREEMPTED
-from latent_loop.model import build, cost
-from latent_loop.step import draw_depth
+from latent_loop.model import build, cost, depth
 from tests.tiny import B, D, K, T, tiny_config
 
 STEP = B * T  # tokens
@@ -29,7 +28,7 @@ def test_flops_of_a_random_depth_are_those_of_the_depths_that_the_steps_draw():
   base = tiny_config()
   (cell,) = sweep.grid(base, (), (), ())
   counts = cost.count(build(base.model, base.depth), T)
-  drawn = [draw_depth(base, jax.random.key(base.seed), step) for step in range(base.train.num_steps)]
+  drawn = [depth.draw(base.depth, jax.random.key(base.seed), step) for step in range(base.train.num_steps)]
   assert len({int(n) for n, _ in drawn}) > 3
   assert cell.flops == STEP * sum(counts.train(int(n), int(k)) for n, k in drawn)
 
