@@ -101,10 +101,10 @@ class Scheduler:
         job.tell(error=Closing('the server stopped before this answer was complete'))
 
   def _turn(self) -> None:
-    for slot in [slot for slot, job in self._running.items() if job.cancelled]:
-      self._board.release(slot)
-      self._leave(slot)
     try:
+      for slot in [slot for slot, job in self._running.items() if job.cancelled]:
+        self._board.release(slot)
+        self._leave(slot)
       self._admit()
       if self._running:
         self._advance()
@@ -117,8 +117,8 @@ class Scheduler:
         job.tell(error=RuntimeError(f'the device failed ({" ".join(str(error).split())[:200]}); ask again'))
 
   def _admit(self) -> None:
-    """Waiting jobs into free slots; sleeps when there is nothing at all to do."""
-    while True:
+    """Waiting jobs into free slots, few enough to hold nobody up; sleeps when there is nothing at all to do."""
+    for _ in self._board.requests:
       with self._changed:
         if not self._waiting and not self._running:
           self._changed.wait(_NAP_SECS)
