@@ -232,6 +232,13 @@ def test_a_rule_keeps_the_tokens_that_it_says(values, kept):
   assert np.flatnonzero(np.isfinite(np.asarray(restrict(logits_BV, rule(**values))[0]))).tolist() == kept
 
 
+def test_a_rule_that_is_off_stays_off_beside_one_that_is_on():
+  """Also for tokens so rare that those ahead of them have all of the probability in float32."""
+  logits_BV = jnp.array([[30.0, 0.0, 1.0, 2.0, 3.0]] * 2)
+  both = restrict(logits_BV, jax.tree.map(lambda *x: jnp.concatenate(x), rule(), rule(top_k=3)))
+  assert np.array_equal(both[0], restrict(logits_BV[:1], rule())[0]) and np.isinf(both[1]).sum() == 2
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_does_not(engine):
   requests = [ask((1, 2), temperature=1.5, seed=seed) for seed in (1, 2, 1, 3, 4, 5, 6, 7)]
   answers = engine.answer(requests)
