@@ -56,6 +56,10 @@ class Scheduler:
     self._closing = False
     self._thread = threading.Thread(target=self._work, name='scheduler', daemon=True)
 
+  @property
+  def takes_jobs(self) -> bool:
+    return not self._closing and self._thread.is_alive()
+
   def start(self) -> None:
     self._thread.start()
 
@@ -63,7 +67,7 @@ class Scheduler:
     """Raises BadInput for what the board cannot answer, Busy, Closing."""
     self._board.check(job.request)
     with self._changed:
-      if self._closing or not self._thread.is_alive():
+      if not self.takes_jobs:
         raise Closing('the server is stopping; ask another, or this one once it is back')
       if len(self._waiting) >= self._queue + len(self._board.requests) - len(self._running):
         raise Busy(f'{len(self._running)} answers are being made and {len(self._waiting)} wait; come again soon')
