@@ -47,6 +47,10 @@ def main() -> int:
   workdir = program.workdir_of(_WORKDIR.value)
   if [_PROMPT.value is not None, _PROMPTS.value is not None, _CHAT.value].count(True) != 1:
     raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line, or --chat')
+  if '' in _STOP.value:
+    raise BadInput('--stop is empty, and every answer would end before it begins; give a text, or leave it out')
+  # What is no UTF-8 becomes a sentence further on, as a locale that is not strict has it.
+  sys.stdin.reconfigure(errors='surrogateescape')
   if _CHAT.value:
     return _chat(workdir)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
@@ -132,6 +136,8 @@ def _json_lines() -> list[dict]:
 
   out, known = [], {'prompt': '', **_options()}
   for i, line in enumerate(sys.stdin, 1):
+    if not line.strip():
+      continue
     try:
       one = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,8 @@
 
 POST /v1/completions and /v1/chat/completions (also as streams), GET /v1/models, GET /health, and a chat page at GET /.
 Beyond OpenAI's fields a request may set depth, exit, warm_start, top_k, min_p and repetition_penalty, as the flags of
-launch.generate do. It may wait in a queue; when that is full, the answer is 429. SIGTERM and Ctrl-C end it in order.
+launch.generate do; one that samples and gives no seed gets another answer each time. It may wait in a queue; when that
+is full, the answer is 429. SIGTERM and Ctrl-C end it in order.
 """
 
 from absl import flags

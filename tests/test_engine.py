@@ -187,6 +187,18 @@ def test_rows_at_different_depths_get_what_they_get_in_step(engine, mixed, windo
     np.testing.assert_allclose(answer.log_probs, want.log_probs, rtol=0, atol=1e-5)
 
 
+def test_a_shallow_row_does_not_wait_for_a_deep_one_while_few_run(engine):
+  """Two of eight rows run; the deep one is still at its first token when the other has made one per iteration."""
+  requests = [ask((1, 2), depth=1), ask((3,)), *[ask((1,), max_new_tokens=1)] * 6]
+  asks = asks_of(requests)
+  with jax.set_mesh(engine.mesh):
+    flight = continuous.take_off(engine.model, engine.params, engine._begin(requests, asks), asks)
+    flight = continuous.fly(
+      engine.model, engine.params, flight, asks, np.int32(DEPTH - 1), slots=Slots(DEPTH), window=3
+    )
+  assert flight.decoding.count_B.tolist() == [DEPTH, *[1] * 7]
+
+
 # --- sampling ---------------------------------------------------------------------------------------------
 
 
@@ -232,6 +244,13 @@ def test_a_rule_keeps_the_tokens_that_it_says(values, kept):
   assert np.flatnonzero(np.isfinite(np.asarray(restrict(logits_BV, rule(**values))[0]))).tolist() == kept
 
 
+def test_a_rule_that_is_off_stays_off_beside_one_that_is_on():
+  """Also for tokens so rare that those ahead of them have all of the probability in float32."""
+  logits_BV = jnp.array([[30.0, 0.0, 1.0, 2.0, 3.0]] * 2)
+  both = restrict(logits_BV, jax.tree.map(lambda *x: jnp.concatenate(x), rule(), rule(top_k=3)))
+  assert np.array_equal(both[0], restrict(logits_BV[:1], rule())[0]) and np.isinf(both[1]).sum() == 2
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_does_not(engine):
   requests = [ask((1, 2), temperature=1.5, seed=seed) for seed in (1, 2, 1, 3, 4, 5, 6, 7)]
   answers = engine.answer(requests)
@@ -258,13 +277,18 @@ def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed
     (lambda: Request((1,), 2**31), '--depth='),
     (lambda: Request((1,), 1, max_new_tokens=0), '--max_new_tokens=0'),
     (lambda: Request((1,), 1, temperature=float('nan')), '--temperature=nan'),
+    (lambda: Request((1,), 1, temperature=10**400), 'not a number from 0'),
+    (lambda: Request((1,), 1, state_scale=1e39), '--state_scale=1e[+]39'),  # endless in float32
     (lambda: Request((1,), 1, top_p=1.5), '--top_p=1.5'),
     (lambda: Request((1,), 1, seed=-1), '--seed=-1'),
     (lambda: Request((1,), 1, repetition_penalty=0), '--repetition_penalty=0'),
+    (lambda: Request((1,), 1, repetition_penalty=10**400), '--repetition_penalty=10'),
+    (lambda: Request((1,), 1, repetition_penalty=1e-50), '--repetition_penalty=1e-50'),
     (lambda: ExitRule.parse('kl:x'), '--exit=kl:x'),
     (lambda: ExitRule.parse('kl:-1'), 'a threshold is a number from 0 up'),
     (lambda: ExitRule.parse('klx'), 'choose one of kl'),
     (lambda: ExitRule.parse('kl:1:0'), 'min_depth=0'),
+    (lambda: ExitRule.parse('kl:1:2:3:4'), 'the rule is KIND'),
     (lambda: parse_cache('ring:0', 4), '--cache=ring:0'),
     (lambda: parse_cache('half', 4), '--cache=half'),
     (lambda: request_of(Bytes(), '\udcff', depth=1), 'not UTF-8 text'),

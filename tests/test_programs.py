@@ -103,6 +103,7 @@ def copy(finished, tmp_path) -> Path:
     ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
+    ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
   ],
 )
 def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
@@ -111,6 +112,15 @@ def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
   assert words in result.stderr
   assert 'Traceback' not in result.stderr
   assert result.stderr.startswith('error: ') and len(result.stderr.splitlines()) == 1
+
+
+def test_lines_of_standard_input_that_are_no_utf8_are_bad_input():
+  """In a locale that is strict about it; blank lines are passed over."""
+  env, command = {**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'}, [sys.executable, '-m', 'launch.generate']
+  command += ['--workdir=/tmp/none', '--prompts=-']
+  lines = b'{"prompt": "a"}\n\n\xff\n'
+  result = subprocess.run(command, cwd=ROOT, env=env, input=lines, capture_output=True, timeout=60)
+  assert result.returncode == 2 and result.stderr.startswith(b'error: standard input, line 3: not JSON'), result.stderr
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(tmp_path):

@@ -9,18 +9,21 @@ import re
 import socket
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from starlette.testclient import TestClient
 
 from latent_loop.chaos import serve as chaos
 from latent_loop.inference.board import Board
 from latent_loop.inference.engine import Answer, Engine, ExitRule, Request
 from latent_loop.inference.text import Typist, request_of, text_of
-from latent_loop.serving import repl, server
-from latent_loop.serving.app import MAX_BODY_BYTES
+from latent_loop.serving import fields, repl, server, wire
+from latent_loop.serving.app import MAX_BODY_BYTES, make_app
 from latent_loop.serving.fields import Limits
+from latent_loop.serving.scheduler import Scheduler
 from latent_loop.tokenizer import Bytes
 from latent_loop.tokenizer import utf8 as tokenizer
 from latent_loop.tokenizer.messages import STOPS
@@ -212,6 +215,8 @@ def post(url, path, body, headers=None):
     ({'prompt': 'a', 'stop': ['']}, 'none empty'),
     ({'prompt': 'a', 'logprobs': 5}, 'of the chosen tokens only'),
     ({'prompt': 'a', 'stream_options': {'include_usage': 3}}, 'include_usage=3: the rule is true or false'),
+    ({'prompt': 'a', 'stream_options': {'usage': True}}, "stream_options: it has include_usage, not 'usage'"),
+    ({'prompt': 'a', 'temperature': 10**400}, 'not a number from 0'),
   ],
 )
 def test_nonsense_is_refused_in_a_sentence(running, body, words):
@@ -260,6 +265,44 @@ def test_pieces_are_the_text_and_nothing_is_taken_back():
   typist = Typist(Bytes(), ('stop',))
   assert ''.join(piece for n in range(1, 13) for piece, _ in typist.read(answer(n, None))) == 'a\u00e9-\u20ac '
   assert typist.finish == 'stop'
+
+
+def test_of_two_stop_strings_the_one_that_is_complete_first_ends_the_answer_however_it_comes():
+  """And only the tokens up to it are counted, whatever the board had made beyond them."""
+  tokens = [*b'12abcdef']
+  answer = lambda n: Answer(tokens[:n], [0.0] * n, [2] * n, None)
+  asked = fields.asked_of({'prompt': '', 'stop': ['abcd', 'b', 'ab']}, Bytes(), LIMITS)
+  for step in (1, 3, 8):
+    writer, n = wire.Writer(False, 'tiny', asked, Bytes()), 0
+    while writer.finish is None:
+      n = min(n + step, len(tokens))
+      writer.read(answer(n))
+    whole = writer.whole()
+    assert whole['choices'][0]['text'] == '12' and text_of(Bytes(), answer(8), asked.stops) == ('12', 'stop')
+    usage = {'prompt_tokens': 1, 'completion_tokens': 4, 'total_tokens': 5, 'iterations': 8, 'mean_depth': 2}
+    assert whole['usage'] == usage
+
+
+def test_who_gives_no_seed_gets_another_answer_each_time_unless_it_is_greedy():
+  seed = lambda **values: fields.asked_of({'prompt': 'a', **values}, Bytes(), LIMITS).request.seed
+  assert len({seed() for _ in range(5)}) > 1 and {seed(temperature=0), seed(seed=0)} == {0} and seed(seed=7) == 7
+
+
+def test_a_turn_that_ends_in_a_token_of_its_own_needs_no_stop_strings():
+  asked = lambda tokenizer: fields.asked_of({'messages': [{'role': 'user', 'content': 'a'}]}, tokenizer, LIMITS)
+  marked = Bytes()
+  marked.chat = types.SimpleNamespace(begin_header=1, end_header=2, end_turn=3)
+  assert asked(Bytes()).stops == STOPS and asked(marked).stops == ()
+
+
+def test_a_server_whose_scheduler_has_ended_is_not_healthy(running):
+  ended = Scheduler(running[1]._board, QUEUE)
+  ended.close(0)
+  ended.start()
+  ended.join()
+  health = TestClient(make_app(ended, Bytes(), LIMITS)).get('/health')
+  assert health.status_code == 503 and health.json()['status'] == 'stopping'
+  assert post(running[0], '/health', None)[0] == 200
 
 
 # --- for a person -------------------------------------------------------------------------------------------

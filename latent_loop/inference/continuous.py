@@ -61,12 +61,14 @@ def fly(
 ) -> Flight:
   """Up to `iterations` applications of the core to all rows; ends early once no row runs.
 
-  After each of them rows pass, `window` at a time, as long as so many wait, or some do and none thinks.
+  After each of them rows pass, `window` at a time, as long as so many wait, or some do and none thinks. Fewer
+  have to wait in the measure that fewer rows run, or a shallow row would wait for each token of a deep one.
   """
 
   def due(flight):
-    waiting = jnp.sum(flight.left_B)
-    return (waiting >= window) | (waiting > 0) & ~jnp.any(flight.thinking_B)
+    waiting, running_B = jnp.sum(flight.left_B), flight.decoding.running_B
+    enough = jnp.maximum(1, window * jnp.sum(running_B) // len(running_B))
+    return (waiting >= enough) | (waiting > 0) & ~jnp.any(flight.thinking_B)
 
   def turn(loop):
     i, flight = loop

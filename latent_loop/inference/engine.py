@@ -26,6 +26,7 @@ from latent_loop.model import Model, Params, build
 from latent_loop.parallel import memory
 
 _SMALLEST = 16  # columns of a shape class, at least
+_TINIEST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # what devices hold
 State = Decoding | Speculation | Front
 
 
@@ -65,8 +66,8 @@ class ExitRule:
     kind, *numbers = text.split(':')
     try:
       threshold = float(numbers[0]) if numbers and numbers[0] else None
-      return cls(kind, threshold, *(int(number) for number in numbers[1:3]))
-    except ValueError as error:
+      return cls(kind, threshold, *(int(number) for number in numbers[1:]))
+    except (ValueError, TypeError) as error:
       raise BadInput(f'--exit={text}: {error}; the rule is KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]]') from error
 
 
@@ -112,17 +113,14 @@ class Request:
       value = vars(self)[name]
       _require(low <= value <= LARGEST, f'--{name}={value} is out of range; give a number from {low} to {LARGEST}')
     for name, low, high, hint in (
-      ('temperature', 0, math.inf, '0 is greedy, 0.7 is usual'),
+      ('temperature', 0, _MOST, '0 is greedy, 0.7 is usual'),
       ('top_p', 0, 1, '1 keeps every token, 0.95 is usual'),
       ('min_p', 0, 1, '0 keeps every token, 0.05 is usual'),
-      ('state_scale', 0, math.inf, '1 is what training used'),
+      ('state_scale', 0, _MOST, '1 is what training used'),
+      ('repetition_penalty', _TINIEST, _MOST, '1 is none'),
     ):
       value = vars(self)[name]
-      _require(
-        math.isfinite(value) and low <= value <= high, f'--{name}={value}: not a number from {low} to {high}; {hint}'
-      )
-    penalty = self.repetition_penalty
-    _require(math.isfinite(penalty) and penalty > 0, f'--repetition_penalty={penalty} must be above 0; 1 is none')
+      _require(low <= value <= high, f'--{name}={value}: not a number from {low:g} to {high:g}; {hint}')
 
 
 @dataclasses.dataclass(frozen=True)

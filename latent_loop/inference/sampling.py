@@ -50,7 +50,9 @@ def _restrict_by_rank(logits_BV: jax.Array, rule: Sampling) -> jax.Array:
   p_BV = jax.nn.softmax(sorted_BV)
   # The token that reaches p stays, as does everything ahead of it.
   ahead_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-  kept_BV = (ahead_BV < rule.top_p_B[:, None]) & (rank_BV < k_B[:, None]) | (rank_BV == 0)
+  # Rare tokens may have all of the probability ahead of them, by rounding; a row without top-p keeps them.
+  within_BV = (ahead_BV < rule.top_p_B[:, None]) | (rule.top_p_B >= 1)[:, None]
+  kept_BV = within_BV & (rank_BV < k_B[:, None]) | (rank_BV == 0)
   lowest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
 

@@ -19,15 +19,24 @@ def request_of(tokenizer: Tokenizer, prompt: str, **options: Any) -> Request:
 
 
 def text_of(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -> tuple[str, str | None]:
-  """(the text up to the first of the stop strings, the finish: 'stop' once one is found).
+  """(the text up to the stop string that is complete first, the finish: 'stop' once one is found).
 
   While more may come, a character that is not whole yet is held back.
   """
+  text, end = _up_to_stop(tokenizer, answer, stops)
+  return text, answer.finish if end is None else 'stop'
+
+
+def _up_to_stop(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...]) -> tuple[str, int | None]:
+  """(the text, where its stop string ends)."""
   text = tokenizer.decode(answer.tokens)
   if answer.finish is None:
     text = text.rstrip(_BROKEN)
-  ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-  return (text[: min(ends)], 'stop') if ends else (text, answer.finish)
+  found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+  if not found:
+    return text, None
+  end, at = min(found)  # the one that ends first is that which a stream meets first
+  return text[:at], end
 
 
 class Typist:
@@ -38,6 +47,7 @@ class Typist:
 
   def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
     self.finish: str | None = None  # 'stop' also once a stop string is found
+    self.tokens = 0  # read so far, none behind a stop string
     self._tokenizer, self._stops = tokenizer, stops
     self._held = max((len(stop) - 1 for stop in stops), default=0)
     self._shown, self._ends = 0, []
@@ -46,7 +56,11 @@ class Typist:
     """(text, the index of the token that made it whole) of what is new. answer: all so far."""
     for i in range(len(self._ends), len(answer.tokens)):
       self._ends.append(len(self._tokenizer.decode(answer.tokens[: i + 1]).rstrip(_BROKEN)))
-    text, self.finish = text_of(self._tokenizer, answer, self._stops)
+    text, stop_end = _up_to_stop(self._tokenizer, answer, self._stops)
+    self.finish, self.tokens = answer.finish, len(answer.tokens)
+    if stop_end is not None:
+      self.finish = 'stop'
+      self.tokens = next((i for i, end in enumerate(self._ends, 1) if end >= stop_end), self.tokens)
     safe = len(text) if self.finish else max(len(text) - self._held, self._shown)
     pieces, last = [], len(self._ends) - 1
     for i, end in enumerate(self._ends):

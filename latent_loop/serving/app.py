@@ -44,7 +44,9 @@ def make_app(scheduler: Scheduler, tokenizer: Tokenizer, limits: Limits) -> Star
     return _json({'object': 'list', 'data': [{'id': limits.model, 'object': 'model', 'owned_by': 'latent_loop'}]})
 
   async def health(request: Request) -> Response:
-    return _json({'status': 'ok', **scheduler.load(), 'depth': limits.depth, 'max_depth': limits.max_depth})
+    status, code = ('ok', 200) if scheduler.takes_jobs else ('stopping', 503)
+    body = {'status': status, **scheduler.load(), 'depth': limits.depth, 'max_depth': limits.max_depth}
+    return _json(body, code)
 
   async def chat(request: Request) -> Response:
     return HTMLResponse(page, headers={**_HEADERS, 'content-security-policy': _POLICY})

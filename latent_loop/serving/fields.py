@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import secrets
 from typing import Any
 
+from latent_loop.config import LARGEST
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import ExitRule, Request
 from latent_loop.inference.text import request_of
@@ -109,10 +111,12 @@ def asked_of(values: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> As
   tokens = messages.prompt_of(tokenizer, _messages(values['messages'])) if chat else _prompt(values, tokenizer)
   request = _request(values, tokens, tokenizer, limits)
   options = values.get('stream_options', {})
+  for key in options.keys() - {'include_usage'}:
+    raise BadInput(f'stream_options: it has include_usage, not {key!r}; leave that out')
   usage = options.get('include_usage', False)
   if type(usage) is not bool:
     raise BadInput(f'stream_options.include_usage={_short(usage)}: the rule is true or false')
-  stops = _stops(values) + (messages.STOPS if chat else ())
+  stops = _stops(values) + (messages.stops_of(tokenizer) if chat else ())
   log_probs = values.get('logprobs')
   if not chat and log_probs is not None and log_probs not in (0, 1):
     raise BadInput(f'logprobs={log_probs}: this server tells those of the chosen tokens only; give 1, or leave it out')
@@ -123,13 +127,17 @@ def _request(values: dict[str, Any], tokens: tuple[int, ...], tokenizer: Tokeniz
   most = values.get('max_completion_tokens', values.get('max_tokens'))
   if most is None:
     most = max(1, min(_MAX_TOKENS, limits.max_total_tokens - len(tokens)))
-  names = ('top_p', 'seed', 'warm_start', 'top_k', 'min_p', 'repetition_penalty')
+  names = ('top_p', 'warm_start', 'top_k', 'min_p', 'repetition_penalty')
+  temperature = values.get('temperature', 1.0)
+  # As OpenAI's: who samples and gives no seed wants another answer each time.
+  seed = values.get('seed', secrets.randbelow(LARGEST) if temperature else 0)
   return Request(
     tokens,
     depth=values.get('depth', limits.depth),
     max_new_tokens=most,
     exit=ExitRule.parse(values.get('exit', 'none')),
-    temperature=values.get('temperature', 1.0),
+    temperature=temperature,
+    seed=seed,
     stops=tokenizer.ends,
     **{name: values[name] for name in names if name in values},
   )

@@ -43,7 +43,7 @@ def chat(
 
 def _answer(engine: Engine, tokenizer: Tokenizer, request: Request, stops: tuple[str, ...], shade: bool) -> str:
   """What was said, until the end or Ctrl-C."""
-  typist, text, depths = Typist(tokenizer, (*stops, *messages.STOPS)), '', []
+  typist, text, depths = Typist(tokenizer, (*stops, *messages.stops_of(tokenizer))), '', []
   try:
     for (answer,) in engine.stream([request]):
       depths = answer.depths

@@ -56,6 +56,10 @@ class Scheduler:
     self._closing = False
     self._thread = threading.Thread(target=self._work, name='scheduler', daemon=True)
 
+  @property
+  def takes_jobs(self) -> bool:
+    return not self._closing and self._thread.is_alive()
+
   def start(self) -> None:
     self._thread.start()
 
@@ -63,7 +67,7 @@ class Scheduler:
     """Raises BadInput for what the board cannot answer, Busy, Closing."""
     self._board.check(job.request)
     with self._changed:
-      if self._closing or not self._thread.is_alive():
+      if not self.takes_jobs:
         raise Closing('the server is stopping; ask another, or this one once it is back')
       if len(self._waiting) >= self._queue + len(self._board.requests) - len(self._running):
         raise Busy(f'{len(self._running)} answers are being made and {len(self._waiting)} wait; come again soon')
@@ -101,10 +105,10 @@ class Scheduler:
         job.tell(error=Closing('the server stopped before this answer was complete'))
 
   def _turn(self) -> None:
-    for slot in [slot for slot, job in self._running.items() if job.cancelled]:
-      self._board.release(slot)
-      self._leave(slot)
     try:
+      for slot in [slot for slot, job in self._running.items() if job.cancelled]:
+        self._board.release(slot)
+        self._leave(slot)
       self._admit()
       if self._running:
         self._advance()
@@ -117,8 +121,8 @@ class Scheduler:
         job.tell(error=RuntimeError(f'the device failed ({" ".join(str(error).split())[:200]}); ask again'))
 
   def _admit(self) -> None:
-    """Waiting jobs into free slots; sleeps when there is nothing at all to do."""
-    while True:
+    """Waiting jobs into free slots, few enough to hold nobody up; sleeps when there is nothing at all to do."""
+    for _ in self._board.requests:
       with self._changed:
         if not self._waiting and not self._running:
           self._changed.wait(_NAP_SECS)

@@ -56,14 +56,14 @@ class Writer:
     return {**self._chunk([]), 'usage': self.usage()}
 
   def usage(self) -> dict[str, Any]:
-    prompt, answer = len(self._asked.request.tokens), self._answer
-    total = sum(answer.depths)
+    prompt, count = len(self._asked.request.tokens), self._typist.tokens
+    total = sum(self._answer.depths[:count])
     return {
       'prompt_tokens': prompt,
-      'completion_tokens': len(answer.tokens),
-      'total_tokens': prompt + len(answer.tokens),
+      'completion_tokens': count,
+      'total_tokens': prompt + count,
       'iterations': total,
-      'mean_depth': total / len(answer.tokens),
+      'mean_depth': total / count,
     }
 
   def _chunk(self, choices: list) -> dict[str, Any]:

@@ -18,6 +18,11 @@ Message = dict[str, str]  # 'role', 'content'
 Piece = tuple[np.ndarray, bool]  # tokens; whether the assistant says them
 
 
+def stops_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+  """The texts that end an assistant's turn; none where a token of its own does."""
+  return STOPS if tokenizer.chat is None else ()
+
+
 def prompt_of(tokenizer: Tokenizer, messages: list[Message]) -> tuple[int, ...]:
   """The tokens of the messages and the beginning of the assistant's turn; raises BadInput."""
   pieces = [*_begin(tokenizer), *(piece for one in _turns(tokenizer, messages) for piece in one)]
