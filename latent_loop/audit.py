@@ -114,17 +114,27 @@ def check_rows(path: str, rows: PreparedRows | ChatRows | ParquetRows, say: Call
       f'{path}: {len(rows):,} rows in {len(rows.blocks):,} row groups; each is used as it is, so packing loses nothing'
     )
     return []
-  spans = np.array([span for i in range(len(rows)) for span in rows.layout.spans(i)], np.int64).reshape(-1, 2)
+  count = len(rows.layout)
+  spans = np.array([span for i in range(count) for span in rows.layout.spans(i)], np.int64).reshape(-1, 2)
   ends = np.concatenate(list(rows.stream.document_ends()))
   starts = np.concatenate([[0], ends[:-1]])
   lost, again = targets(spans, starts, ends)
   used = int((spans[:, 1] - spans[:, 0] - 1).sum())
-  places = len(rows) * rows.seq_len
   say(
-    f'{path}: {len(ends):,} documents, {int(ends[-1]):,} tokens, {len(rows):,} rows; targets lost to packing {lost:,}, '
-    f'twice {again:,}; {used / places:.2%} of the places in a row have a target'
+    f'{path}: {len(ends):,} documents, {int(ends[-1]):,} tokens, {count:,} rows; targets lost to packing {lost:,}, '
+    f'twice {again:,}; {used / (count * rows.seq_len):.2%} of the places in a row have a target'
   )
-  return [f'{path}: {lost:,} tokens are never a target, {again:,} more than once'] if lost or again else []
+  faults = [f'{path}: {lost:,} tokens are never a target, {again:,} more than once'] if lost or again else []
+  return faults + (_check_answers(path, rows, say) if isinstance(rows, ChatRows) else [])
+
+
+def _check_answers(path: str, rows: ChatRows, say: Callable[[str], None]) -> list[str]:
+  """Whether all that the assistant says is in a row that is used."""
+  said, found = (sum(rows.stream.num_targets(rows.layout.spans(i)) for i in which)
+                 for which in (range(len(rows.layout)), rows.used))  # fmt: skip
+  left_out = len(rows.layout) - len(rows)
+  say(f'{path}: the assistant says {said:,} tokens; {left_out:,} rows in which it says nothing are left out')
+  return [f'{path}: {said - found:,} tokens that the assistant says are in no row'] if found != said else []
 
 
 def targets(spans: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:

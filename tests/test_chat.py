@@ -127,6 +127,24 @@ def test_rows_hold_every_conversation_and_weigh_the_assistant_alone(folder, pack
   assert not set(np.concatenate(learned)) & set(b'0123456789')
 
 
+@pytest.mark.parametrize('packing', ['best_fit', 'concat'])
+def test_a_row_without_an_answer_is_left_out_so_that_no_batch_is_without_a_target(tmp_path, packing):
+  """A question of many rows and an answer of one, again and again: a batch of one row had no loss most of the time."""
+  talk = lambda i: [turn('user', f'{i} ' + 'why ' * 90), turn('assistant', 'SO')]
+  lines = [json.dumps({'messages': talk(i)}) + '\n' for i in range(40)]
+  (tmp_path / 'x.jsonl').write_text(''.join(lines))
+  rows, said = data.make_source(config_of(tmp_path, packing=packing)).rows('train'), []
+  assert len(rows) < len(rows.layout) / 3
+  assert all(rows[i]['weights_BT'].any() for i in range(len(rows)))
+  targets = sum(rows[i]['weights_BT'].sum() for i in range(len(rows)))
+  assert targets == rows.stream.read(0, len(rows.stream))[1].sum(), 'no answer is lost with them'
+  assert audit.check_rows('x', rows, said.append) == []
+  assert f'{len(rows.layout) - len(rows)} rows in which it says nothing are left out' in said[1]
+  lost = rows.used.pop()  # seen to fail: a row with an answer is left out too
+  gone = rows.stream.num_targets(rows.layout.spans(lost))
+  assert audit.check_rows('x', rows, said.append) == [f'x: {gone} tokens that the assistant says are in no row']
+
+
 def test_the_loss_does_not_know_what_the_user_should_have_said(folder):
   config = config_of(folder)
   rows = data.make_source(config).rows('train')

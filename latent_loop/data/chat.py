@@ -1,7 +1,8 @@
 """Conversations as a source: .jsonl files whose lines have `messages`, each with a role and content.
 
-Only what the assistant says is a target (tokenizer/messages.py). Tokenized when a run starts and held in memory, 5
-bytes for each token: made for instruction data, of which there is little. Packed as prepared data is.
+Only what the assistant says is a target (tokenizer/messages.py). Tokenized when a run starts and held in memory, 13
+bytes for each token: made for instruction data, of which there is little. Packed as prepared data is; rows in which the
+assistant says nothing, as inside a long question, teach nothing and are left out, so every batch has a target.
 """
 
 import glob
@@ -16,7 +17,7 @@ import numpy as np
 
 from latent_loop import tokenizer
 from latent_loop.config import DataConfig
-from latent_loop.data.layout import LAYOUTS
+from latent_loop.data.layout import LAYOUTS, Spans
 from latent_loop.data.mixture import Mixture
 from latent_loop.data.packing import Row, pieces_to_row
 from latent_loop.errors import BadInput
@@ -31,6 +32,7 @@ class Stream:
   def __init__(self, conversations: list[Conversation]):
     self._tokens, self._said = (np.concatenate(parts) for parts in zip(*conversations, strict=True))
     self._ends = np.cumsum([len(tokens) for tokens, _ in conversations])
+    self._said_before = np.concatenate([[0], np.cumsum(self._said)])
 
   def __len__(self) -> int:
     """Tokens."""
@@ -39,7 +41,11 @@ class Stream:
   def read(self, start: int, stop: int) -> Conversation:
     return self._tokens[start:stop], self._said[start:stop]
 
-  def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+  def num_targets(self, spans: Spans) -> int:
+    """How much of `spans` the assistant says; the first token of a span is no target."""
+    return sum(int(self._said_before[b] - self._said_before[a + 1]) for a, b in spans)
+
+  def pieces(self, start: int, stop: int) -> Spans:
     """[start, stop) cut where conversations begin."""
     inside = self._ends[(self._ends > start) & (self._ends < stop)].tolist()
     return list(itertools.pairwise([start, *inside, stop]))
@@ -49,17 +55,18 @@ class Stream:
 
 
 class ChatRows:
-  """The rows of one split of one path; random access."""
+  """The rows of one split of one path that have a target; random access. used: which of the layout's they are."""
 
   def __init__(self, stream: Stream, cfg: DataConfig, pad: int):
     self.stream, self.seq_len, self._pad = stream, cfg.seq_len, pad
     self.layout = LAYOUTS[cfg.packing](stream, cfg.seq_len)
+    self.used = [i for i in range(len(self.layout)) if stream.num_targets(self.layout.spans(i))]
 
   def __len__(self) -> int:
-    return len(self.layout)
+    return len(self.used)
 
   def __getitem__(self, index: int) -> Row:
-    pieces = [self.stream.read(a, b) for a, b in self.layout.spans(int(index))]
+    pieces = [self.stream.read(a, b) for a, b in self.layout.spans(self.used[int(index)])]
     return pieces_to_row([tokens for tokens, _ in pieces], self.seq_len, self._pad, [said for _, said in pieces])
 
 
