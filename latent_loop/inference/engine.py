@@ -65,9 +65,11 @@ class ExitRule:
     """'kl', 'kl:5e-4', 'latent-diff:0.03:4:2' (kind:threshold:min_depth:every); raises BadInput."""
     kind, *numbers = text.split(':')
     try:
+      if len(numbers) > 3:
+        raise ValueError('it has more parts than there are')
       threshold = float(numbers[0]) if numbers and numbers[0] else None
       return cls(kind, threshold, *(int(number) for number in numbers[1:]))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
       raise BadInput(f'--exit={text}: {error}; the rule is KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]]') from error
 
 
