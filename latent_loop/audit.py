@@ -130,8 +130,8 @@ def check_rows(path: str, rows: PreparedRows | ChatRows | ParquetRows, say: Call
 
 def _check_answers(path: str, rows: ChatRows, say: Callable[[str], None]) -> list[str]:
   """Whether all that the assistant says is in a row that is used."""
-  said, found = (sum(rows.stream.num_targets(rows.layout.spans(i)) for i in which)
-                 for which in (range(len(rows.layout)), rows.used))  # fmt: skip
+  count = lambda which: sum(rows.stream.num_targets(rows.layout.spans(i)) for i in which)
+  said, found = count(range(len(rows.layout))), count(rows.used)
   left_out = len(rows.layout) - len(rows)
   say(f'{path}: the assistant says {said:,} tokens; {left_out:,} rows in which it says nothing are left out')
   return [f'{path}: {said - found:,} tokens that the assistant says are in no row'] if found != said else []

@@ -67,13 +67,13 @@ def _as_wide(model: ModelConfig, width: int) -> ModelConfig:
 
 def _priced(config: Config) -> Cell:
   counts = cost.count(build(config.model, config.depth), config.data.seq_len)
-  n, k = np.asarray(drawn_depths(config), np.float64)
+  n, k = np.asarray(_drawn_depths(config), np.float64)
   per_step = config.train.batch_size * config.data.seq_len
   flops = per_step * sum(counts.train(a, b) for a, b in zip(n.tolist(), k.tolist(), strict=True))
   return Cell(config, per_step * config.train.num_steps, counts.total_parameters, flops)
 
 
-def drawn_depths(config: Config) -> tuple[jax.Array, jax.Array]:
+def _drawn_depths(config: Config) -> tuple[jax.Array, jax.Array]:
   """(n, k) of every step of a run, [num_steps] each: those that its training step draws."""
   draw = lambda step: depth.draw(config.depth, jax.random.key(config.seed), step)
   return jax.jit(jax.vmap(draw))(jnp.arange(config.train.num_steps))

@@ -49,8 +49,6 @@ def main() -> int:
     raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line, or --chat')
   if '' in _STOP.value:
     raise BadInput('--stop is empty, and every answer would end before it begins; give a text, or leave it out')
-  # What is no UTF-8 becomes a sentence further on, as a locale that is not strict has it.
-  sys.stdin.reconfigure(errors='surrogateescape')
   if _CHAT.value:
     return _chat(workdir)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
@@ -76,6 +74,7 @@ def _chat(workdir) -> int:
   from latent_loop import data, trained
   from latent_loop.serving import repl
 
+  _standard_input()  # input() reads it
   program.keep_compiled()
   model = trained.load(workdir, _TENSOR.value)
   tokenizer = data.make_tokenizer(model.config.data)
@@ -131,11 +130,21 @@ def _options() -> dict:
   }
 
 
+def _standard_input():
+  """It, open; what is no UTF-8 in it becomes a sentence further on, as a locale that is not strict has it."""
+  from latent_loop.errors import BadInput
+
+  if sys.stdin is None:
+    raise BadInput('standard input is closed; pipe something into it, or give --prompt=TEXT')
+  sys.stdin.reconfigure(errors='surrogateescape')
+  return sys.stdin
+
+
 def _json_lines() -> list[dict]:
   from latent_loop.errors import BadInput
 
   out, known = [], {'prompt': '', **_options()}
-  for i, line in enumerate(sys.stdin, 1):
+  for i, line in enumerate(_standard_input(), 1):
     if not line.strip():
       continue
     try:

@@ -2,6 +2,7 @@
 
 python -m launch.sweep --config=experiments/tiny_text.py --workdir=runs/sweep --width=64 --width=128 --mean_depth=2
 --mean_depth=8 --tokens=100000 --tokens=200000 --max_flops=1e14. Started again, it goes on where it was cut off.
+One process, on the devices that it finds.
 """
 
 from absl import flags

@@ -9,7 +9,7 @@ import pytest
 from latent_loop import workdir
 from latent_loop.chaos import accidents, drawn, inputs
 from latent_loop.chaos.drawn import Edit, Input
-from latent_loop.chaos.forks import Programs
+from latent_loop.chaos.forks import Ended, Programs
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.interop import files
@@ -217,6 +217,13 @@ def test_inputs_are_drawn_alike_by_seed_and_each_kind_has_its_share():
   first = drawn.draw(20, 7)
   assert first == drawn.draw(20, 7) != drawn.draw(20, 8)
   assert {one.kind for one in first} == set(drawn.KINDS) and 20 <= len(first) < 20 + len(drawn.KINDS)
+
+
+def test_a_sentence_is_clear_that_names_the_flag_or_the_path_that_it_gives():
+  one = Input('flag', 'evaluate', ('depths', '--workdir=golden'))
+  said = lambda sentence: inputs.faults(one, Ended(2, '', f'error: {sentence}\n', 1.0, 0))
+  assert said('golden/config.json: not a sealed config') == said('--workdir is no folder') == []
+  assert [fault.partition(':')[0] for fault in said('something is wrong')] == ['unclear sentence']
 
 
 def test_an_input_gets_the_files_that_it_names():

@@ -288,7 +288,7 @@ def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed
     (lambda: ExitRule.parse('kl:-1'), 'a threshold is a number from 0 up'),
     (lambda: ExitRule.parse('klx'), 'choose one of kl'),
     (lambda: ExitRule.parse('kl:1:0'), 'min_depth=0'),
-    (lambda: ExitRule.parse('kl:1:2:3:4'), 'more parts than there are; the rule is KIND'),
+    (lambda: ExitRule.parse('kl:1:2:3:4'), 'more than four parts; the rule is KIND'),
     (lambda: parse_cache('ring:0', 4), '--cache=ring:0'),
     (lambda: parse_cache('half', 4), '--cache=half'),
     (lambda: request_of(Bytes(), '\udcff', depth=1), 'not UTF-8 text'),

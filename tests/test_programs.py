@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from latent_loop import benchmark, benchmark_ways, exit_codes, loop, trained, workdir
+from latent_loop import benchmark, benchmark_ways, exit_codes, loop, metrics, trained, workdir
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.inference.speculate import Draft
 from latent_loop.inference.wavefront import Wavefront
+from latent_loop.model import depth
 from latent_loop.sealing import from_json, to_json
 from tests.tiny import tiny_config
 
@@ -70,6 +72,12 @@ def copy(finished, tmp_path) -> Path:
   return tmp_path / 'copy'
 
 
+def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
+  config, rows = workdir.read_config(finished), metrics.read_lines(finished / 'metrics.jsonl')
+  drawn = [depth.draw(config.depth, jax.random.key(config.seed), row['step'] - 1) for row in rows]
+  assert rows and [(row['n'], row['k']) for row in rows] == [(int(n), int(k)) for n, k in drawn]
+
+
 # --- bad input: exit code 2 and a sentence -----------------------------------------------------------
 
 
@@ -112,6 +120,15 @@ def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
   assert words in result.stderr
   assert 'Traceback' not in result.stderr
   assert result.stderr.startswith('error: ') and len(result.stderr.splitlines()) == 1
+
+
+def test_a_closed_standard_input_is_missed_only_where_it_is_read():
+  for flag, words in (('--prompt=a', '/tmp/none'), ('--prompts=-', 'input is closed'), ('--chat', 'input is closed')):
+    command = [sys.executable, '-m', 'launch.generate', '--workdir=/tmp/none', flag]
+    result = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.close(0)
+    )
+    assert result.returncode == 2 and result.stderr.startswith('error: ') and words in result.stderr, result.stderr
 
 
 def test_lines_of_standard_input_that_are_no_utf8_are_bad_input():

@@ -66,7 +66,7 @@ class ExitRule:
     kind, *numbers = text.split(':')
     try:
       if len(numbers) > 3:
-        raise ValueError('it has more parts than there are')
+        raise ValueError('it has more than four parts')
       threshold = float(numbers[0]) if numbers and numbers[0] else None
       return cls(kind, threshold, *(int(number) for number in numbers[1:]))
     except ValueError as error:

@@ -38,7 +38,7 @@ LAWS = {'poisson_lognormal': _poisson_lognormal, 'poisson': _poisson, 'uniform':
 
 def draw(cfg: DepthConfig, key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(n, k) of this step, int32 scalars, from the key of the run; call inside jit."""
-  key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
+  key = jax.random.fold_in(jax.random.fold_in(key, step), 0)  # step.STATE is the other use
   progress = _progress(cfg, step)
   k = jnp.maximum(jnp.ceil(progress * cfg.backprop_depth), 1)
   mean = jnp.ceil(progress * (cfg.mean - cfg.backprop_depth)) + k
