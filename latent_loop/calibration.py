@@ -43,11 +43,14 @@ def write_exits(
     for name, config in parts_of(this.config).items():
       with contextlib.suppress(BadInput):  # an easy difficulty may have no instance that is for validation
         parts[name] = unroll(data.make_source(config))
-  rule = found['best'].get('kl')
+  # Asked after every iteration, or who leaves where would show the interval.
+  each = {'kl': [row for row in found['criteria']['kl'] if row['every'] == 1]}
+  rule = exit_eval.recommend(each, found['full']).get('kl')
   if rule:
     kinds = kinds_of_tokens(data.make_tokenizer(this.config.data), numbers['targets_X'])
     groups = parts or {kind: exit_eval.only(numbers, kinds == kind) for kind in sorted(set(kinds))}
-    found['groups'] = {name: exit_eval.histogram(one, 'kl', rule) for name, one in groups.items()}
+    groups = {name: exit_eval.histogram(one, 'kl', rule) for name, one in groups.items()}
+    found['groups'] = {'exit': exit_eval.as_flag('kl', rule), 'of': groups}
   path = workdir / 'exits.json'
   storage.write(path, json.dumps({'step': this.step, **found}, indent=1) + '\n')
   return path, found

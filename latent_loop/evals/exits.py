@@ -108,7 +108,7 @@ def curves(numbers: dict[str, np.ndarray], counted: Cost, target_depth: float | 
   found = {'depth': depth, 'tokens': tokens, 'full': full, 'criteria': by_criterion, 'best': best}
   if best:
     kind = min(best, key=lambda kind: best[kind]['flops_per_token'])
-    found['cheapest'] = _as_flag(kind, best[kind])
+    found['cheapest'] = as_flag(kind, best[kind])
   if target_depth is not None:
     found['target'] = {'mean_depth': target_depth, 'best': meet(by_criterion, target_depth)}
   return found
@@ -176,7 +176,7 @@ def _cost(depth_X: np.ndarray, numbers: dict[str, np.ndarray]) -> dict[str, floa
   return {'mean_depth': mean(depth_X), 'loss': mean(numbers['nll_RX'][at]), 'accuracy': mean(numbers['right_RX'][at])}
 
 
-def _as_flag(kind: str, rule: dict[str, Any]) -> str:
+def as_flag(kind: str, rule: dict[str, Any]) -> str:
   """As launch.generate's --exit takes it."""
   return f'{kind}:{rule["threshold"]:.3g}:1:{rule["every"]}'
 
@@ -196,8 +196,8 @@ def table(numbers: dict[str, Any]) -> list[str]:
     lines += [f'a mean depth of at most {target["mean_depth"]:g}:']
     lines += _rows(target['best'], full, 'no threshold tried is so early; give a larger --target_depth')
   if 'groups' in numbers:
-    lines += [f'by {_as_flag("kl", numbers["best"]["kl"])}, tokens that leave after 1, 2, ... iterations:']
-    for name, row in sorted(numbers['groups'].items(), key=lambda item: item[1]['mean_depth']):
+    lines += [f'by {numbers["groups"]["exit"]}, tokens that leave after 1, 2, ... iterations:']
+    for name, row in sorted(numbers['groups']['of'].items(), key=lambda item: item[1]['mean_depth']):
       share = ' '.join(f'{count / row["tokens"]:.0%}' for count in row['left_at'])
       lines += [f'{name:<20} {row["tokens"]:>9}  {row["mean_depth"]:>10.2f}  {share}']
   return lines
@@ -207,7 +207,7 @@ def _rows(best: dict[str, dict], full: dict[str, float], none: str) -> list[str]
   lines = ['rule                         mean depth  readings  FLOPs saved    loss  accuracy']
   for kind, row in sorted(best.items(), key=lambda item: item[1]['flops_per_token']):
     lines.append(
-      f'{_as_flag(kind, row):<28} {row["mean_depth"]:>10.2f}  {row["reads"]:>8.2f}'
+      f'{as_flag(kind, row):<28} {row["mean_depth"]:>10.2f}  {row["reads"]:>8.2f}'
       f'  {1 - row["flops_per_token"] / full["flops_per_token"]:>11.0%}  {row["loss"]:.4f}  {row["accuracy"]:>8.3f}'
     )
   return lines if best else [f'none: {none}']
