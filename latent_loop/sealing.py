@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
@@ -126,6 +127,15 @@ def _show(value: Any) -> str:
 
 def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def write_experiment(config: Config, path: Path) -> Path:
+  """An experiment file of `config`, for the --config of a process of its own."""
+  path.write_text(
+    'from latent_loop.sealing import from_json, view\n\n\n'
+    f'def get_config():\n  return view(from_json({to_json(config)!r}, {str(path)!r}))\n'
+  )
+  return path
 
 
 def from_json(text: str, path: str) -> Config:
