@@ -6,22 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from latent_loop import storage
+from latent_loop import storage, trained
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, DataConfig, MeshConfig, TrainConfig
 from latent_loop.data import make_tokenizer
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.interop import files, huggingface, tokenizer_files
 from latent_loop.interop.to_hf import check_free
-from latent_loop.model import Params, build
-from latent_loop.optim import make_optimizer
-from latent_loop.parallel import memory
+from latent_loop.model import Params
 from latent_loop.parallel import mesh as meshes
-from latent_loop.step import TrainState, make_sharded_state
-from latent_loop.trust import guards
 from latent_loop.workdir import open_workdir
 
 DATA = 'data'  # where parquet files for evaluation belong, in the workdir
@@ -77,14 +70,7 @@ def _copy_tokenizer(folder: Path, workdir: Path) -> None:
 
 
 def _save(workdir: Path, config: Config, params: Params) -> None:
-  """Step 0 as the trainer would have saved it, these parameters in the place of the drawn ones."""
-  mesh = meshes.make_mesh(MeshConfig())
-  model, optimizer = build(config.model, config.depth), make_optimizer(config.optim, config.train.num_steps)
-  init, specs = make_sharded_state(config, model, optimizer, mesh)
-  memory.check_state(jax.eval_shape(init), specs)
-  with jax.set_mesh(mesh):
-    around = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), None, guards.Skips.none())
-    state = jax.jit(around, out_shardings=specs)(jax.device_put(params, specs.params))
+  state = trained.first_state(config, params, meshes.make_mesh(MeshConfig()))
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     # No data made these weights, so there is no fingerprint to hold later data against.
     checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': None})
