@@ -66,7 +66,9 @@ def test_the_golden_weights_survive_being_a_run(tmp_path):
   assert all(shard.stat().st_size < 310_000 for shard in shards)
   for shard in shards:
     stored |= load_file(shard)
-  np.testing.assert_allclose(stored.pop('freqs_cis'), golden.pop('freqs_cis'), atol=6e-8)  # sines differ by library
+  np.testing.assert_allclose(
+    stored.pop('freqs_cis'), golden.pop('freqs_cis'), atol=1e-5
+  )  # powers and sines differ by CPU
   assert_same(stored, golden)
   assert_same(huggingface.read_params(tmp_path / 'hf', model), params)
 
