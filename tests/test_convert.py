@@ -133,3 +133,5 @@ def test_a_trained_tokenizer_goes_along(tmp_path):
   generation = json.loads((tmp_path / 'hf' / to_hf.GENERATION).read_text())
   assert len(generation['eos_token_id']) == 2  # the end of the text and of a turn
   assert 'Huginn' in json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())['chat_template']
+  chats = DataConfig(source='chat', paths=('x',), tokenizer=str(path))
+  assert tokenizer_files.files_of(chats)[tokenizer_files.TOKENIZER] == path.read_text()
