@@ -46,7 +46,7 @@ class ModelConfig:
   qk_norm: bool = False  # parameter-free RMS norm of queries and keys after rotary
   injection: Literal['linear', 'add', 'diagonal'] = 'linear'
   prelude_norm: bool = False  # RMS norm between the prelude and the loop
-  core_exit: Literal['final_norm', 'projection'] = 'final_norm'  # what stands between loop and coda
+  core_exit: Literal['final_norm', 'projection', 'none'] = 'final_norm'  # what stands between loop and coda
   init: Literal['takase', 'scaled_zero'] = 'takase'
   scale_embedding: bool = True  # multiply token embeddings by sqrt(width)
   state_init: Literal['truncated_normal', 'zero'] = 'truncated_normal'

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from latent_loop import data
@@ -21,11 +22,12 @@ from latent_loop.inference.text import request_of, text_of
 from latent_loop.metrics import read_lines
 from latent_loop.model import Model, Params, build
 from latent_loop.optim import make_optimizer
+from latent_loop.parallel import memory, sharding
 from latent_loop.parallel import mesh as meshes
-from latent_loop.parallel import sharding
 from latent_loop.report import depth_report
-from latent_loop.step import make_sharded_state
+from latent_loop.step import TrainState, make_sharded_state
 from latent_loop.storage import Path
+from latent_loop.trust import guards
 from latent_loop.workdir import read_config
 
 VALIDATION_SEED = 0  # one order of the validation rows and one noise for every run
@@ -48,8 +50,12 @@ def load(workdir: Path, tensor: int = 1) -> Trained:
   tensor: so many devices share each layer; the groups of them share the rows.
   Raises BadInput when there is none or it does not fit its config. Only reads: the run may be going on.
   """
+  return load_on(workdir, meshes.make_mesh(MeshConfig(tensor=tensor)))
+
+
+def load_on(workdir: Path, mesh: Mesh) -> Trained:
+  """As `load`, on the devices of `mesh`; every process of it has to call it."""
   config = read_config(workdir)
-  mesh = meshes.make_mesh(MeshConfig(tensor=tensor))
   model = build(config.model, config.depth)
   init, specs = make_sharded_state(config, model, make_optimizer(config.optim, config.train.num_steps), mesh)
   with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
@@ -58,6 +64,20 @@ def load(workdir: Path, tensor: int = 1) -> Trained:
     raise BadInput(f'{checkpoints.folder.path}: no checkpoint yet; train for at least one save interval first')
   step, state = found
   return Trained(config, model, state.averaged_params, mesh, step)
+
+
+def first_state(config: Config, params: Params, mesh: Mesh) -> TrainState:
+  """Step 0 as the trainer makes it, these parameters, arrays of the host or the devices, in the place of drawn ones."""
+  model, optimizer = build(config.model, config.depth), make_optimizer(config.optim, config.train.num_steps)
+  init, specs = make_sharded_state(config, model, optimizer, mesh)
+  memory.check_state(jax.eval_shape(init), specs)
+
+  def around(params):
+    ema = params if config.optim.ema_decay else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, guards.Skips.none())
+
+  with jax.set_mesh(mesh):
+    return jax.jit(around, out_shardings=specs)(jax.device_put(params, specs.params))
 
 
 def _blocks(mesh: Mesh) -> tuple[list[int], int]:

@@ -1,6 +1,7 @@
 """lm-eval-harness on a run: python -m launch.lm_eval --model latent_loop --model_args workdir=runs/x,depth=8 --tasks T
 
-Its arguments are those of the harness; tasks of your own: --include_path FOLDER. HF_HUB_OFFLINE=1 keeps it offline.
+depths=1:4:8 in the place of depth=8 gives a line of the table for each, and scores texts at all of them in one pass.
+The arguments are those of the harness; tasks of your own: --include_path FOLDER. HF_HUB_OFFLINE=1 keeps it offline.
 """
 
 import sys
@@ -12,11 +13,12 @@ from latent_loop.exit_codes import BAD_INPUT
 
 def main() -> None:
   try:
-    optional.load('lm_eval', 'interop', 'launch.lm_eval')
+    lm_eval = optional.load('lm_eval', 'interop', 'launch.lm_eval')
     from lm_eval.__main__ import cli_evaluate
 
-    from latent_loop.interop import harness  # noqa: F401  registers the model
+    from latent_loop.interop import harness  # which registers the model
 
+    lm_eval.simple_evaluate = harness.by_depth(lm_eval.simple_evaluate)
     cli_evaluate()
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)

@@ -210,7 +210,7 @@ def workdir_of(value: str | None, flag: str = '--workdir'):
   from latent_loop.errors import BadInput
 
   if not value:
-    raise BadInput('--workdir is missing; give the folder of the run, such as runs/tiny_text')
+    raise BadInput(f'{flag} is missing; give the folder of the run, such as runs/tiny_text')
   # A connection on which nothing comes for so long counts as broken; TensorStore would wait for ever.
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '30')
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')

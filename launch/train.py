@@ -14,6 +14,9 @@ _PROFILE = flags.DEFINE_string('profile_steps', None, 'first:last, steps to trac
 _TIME_LIMIT = flags.DEFINE_float(
   'time_limit', None, 'minutes from the start after which it saves and ends with code 10'
 )
+_INIT_FROM = flags.DEFINE_string(
+  'init_from', None, 'folder of a run, or a Huginn checkpoint, whose parameters a new run begins with'
+)
 
 
 def main() -> int:
@@ -29,7 +32,16 @@ def main() -> int:
   from latent_loop import loop  # only now: a wrong flag is refused before JAX starts
 
   program.keep_compiled()
+  _begin(config, workdir)
   return loop.run(config, workdir, profile_steps, group, deadline)
+
+
+def _begin(config, workdir) -> None:
+  """What --init_from asks for, unless the run has begun already."""
+  from latent_loop import start_from
+
+  source = _INIT_FROM.value
+  start_from.begin(config, workdir, None if source is None else program.workdir_of(source, '--init_from'))
 
 
 def _deadline(now: float) -> float:

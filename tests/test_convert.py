@@ -66,7 +66,9 @@ def test_the_golden_weights_survive_being_a_run(tmp_path):
   assert all(shard.stat().st_size < 310_000 for shard in shards)
   for shard in shards:
     stored |= load_file(shard)
-  np.testing.assert_allclose(stored.pop('freqs_cis'), golden.pop('freqs_cis'), atol=6e-8)  # sines differ by library
+  np.testing.assert_allclose(
+    stored.pop('freqs_cis'), golden.pop('freqs_cis'), atol=1e-5
+  )  # powers and sines differ by CPU
   assert_same(stored, golden)
   assert_same(huggingface.read_params(tmp_path / 'hf', model), params)
 
@@ -131,3 +133,5 @@ def test_a_trained_tokenizer_goes_along(tmp_path):
   generation = json.loads((tmp_path / 'hf' / to_hf.GENERATION).read_text())
   assert len(generation['eos_token_id']) == 2  # the end of the text and of a turn
   assert 'Huginn' in json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())['chat_template']
+  chats = DataConfig(source='chat', paths=('x',), tokenizer=str(path))
+  assert tokenizer_files.files_of(chats)[tokenizer_files.TOKENIZER] == path.read_text()

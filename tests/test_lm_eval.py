@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from latent_loop.errors import BadInput
 from latent_loop.interop import from_hf, to_hf
 from tests.tiny import random_params, tiny_config, tiny_model
 
@@ -21,7 +22,9 @@ def model(tmp_path_factory):
   config, params = tiny_config(**SIZES), random_params(tiny_model(**SIZES))
   to_hf.write_folder(tmp / 'hf', to_hf.texts_of(config), params, config, 10**9)
   from_hf.take_in(tmp / 'hf', tmp / 'run')
-  return LatentLoop(str(tmp / 'run'), depth=3, batch_size=2)
+  made = LatentLoop(str(tmp / 'run'), depth=3, batch_size=2)
+  made.workdir = tmp / 'run'
+  return made
 
 
 def asked(*args):
@@ -47,7 +50,7 @@ def test_a_text_of_one_row_rolls_as_a_continuation(model):
 
 def test_every_token_of_a_long_text_is_scored_once(model, monkeypatch):
   counted = []
-  monkeypatch.setattr(model, '_score', lambda pairs: counted.extend(pairs) or [(0.0, True)] * len(pairs))
+  monkeypatch.setattr(model, '_score', lambda pairs: counted.extend(pairs) or [{3: (0.0, True)}] * len(pairs))
   model.loglikelihood_rolling(asked(('0123456789' * 7,)))
   assert sum(len(tokens) - first for tokens, first in counted) == 70
   assert max(len(tokens) for tokens, _ in counted) == 20
@@ -67,3 +70,42 @@ def test_a_local_task_runs_offline(model):
   results = lm_eval.simple_evaluate(model=model, tasks=['counting'], task_manager=tasks, bootstrap_iters=0)
   assert results['results']['counting']['acc,none'] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
   assert results['n-samples']['counting']['effective'] == 3
+
+
+def test_one_unroll_answers_for_every_depth(model, monkeypatch):
+  from latent_loop.interop import harness
+
+  continued, text = asked(('ab', 'cd'), ('x', 'y'), ('abc', 'd')), asked(('0123456789' * 4,))
+  several, passes = harness.LatentLoop(str(model.workdir), depths='5:1:3', batch_size=2), []
+  monkeypatch.setattr(harness, '_read', lambda *args, read=harness._read: passes.append(0) or read(*args))
+  found = {}
+  for depth in several.depths:
+    several.depth = depth
+    found[depth] = several.loglikelihood(continued), several.loglikelihood_rolling(text)
+  assert several.depths == (1, 3, 5) and len(passes) == 2 + 2
+  assert len({nats for scores, _ in found.values() for nats, _ in scores}) == 9
+  alone = model.loglikelihood(continued), model.loglikelihood_rolling(text)
+  np.testing.assert_allclose([nats for nats, _ in found[3][0]], [nats for nats, _ in alone[0]], rtol=1e-6)
+  np.testing.assert_allclose(found[3][1], alone[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize('options', [{'depths': '1:0'}, {'depths': '1:4', 'depth': 2}, {'depth': 'deep'}])
+def test_depths_that_are_none_are_a_sentence(model, options):
+  from latent_loop.interop.harness import LatentLoop
+
+  with pytest.raises(BadInput, match='--model_args depth'):
+    LatentLoop(str(model.workdir), **options)
+
+
+def test_a_task_has_a_line_for_each_depth(model):
+  from lm_eval.tasks import TaskManager
+  from lm_eval.utils import make_table
+
+  from latent_loop.interop.harness import by_depth
+
+  tasks = TaskManager(include_path='tests/lm_eval_tasks', include_defaults=False)
+  given = {'workdir': str(model.workdir), 'depths': '1:16:4'}
+  evaluate = by_depth(lm_eval.simple_evaluate)
+  found = evaluate('latent_loop', given, tasks=['counting'], task_manager=tasks, bootstrap_iters=0)
+  lines = make_table(found).splitlines()[2:]
+  assert [line.split('|')[1].strip() for line in lines] == [f'counting_depth_{d}' for d in ('01', '04', '16')]

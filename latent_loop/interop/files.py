@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from latent_loop.errors import BadInput
 
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _FLOATS = ('F32', 'F16', 'BF16')  # what becomes float32 without loss
 _INTEGERS = ('I32', 'I64')
 
@@ -75,3 +76,33 @@ def read_tensor(path: Path, name: str, integer: bool = False) -> np.ndarray:
         f'{path}: tensor {name!r} is stored as {stored}; the rule is one of {", ".join(allowed)}, convert it'
       )
     return file.get_tensor(name).astype(dtype)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+  """Tensor name -> the file that holds it: one file, or the shards of an index."""
+  if not folder.is_dir():
+    raise BadInput(f'{folder}: no such folder; give one that holds config.json and {WEIGHTS}')
+  if (folder / WEIGHTS).exists():
+    return dict.fromkeys(tensor_shapes(folder / WEIGHTS), folder / WEIGHTS)
+  index = folder / INDEX
+  if not index.exists():
+    raise BadInput(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; download the weights')
+  shards = entry(index, read_json(index), 'weight_map', dict)
+  for name, shard in shards.items():
+    if not isinstance(shard, str) or Path(shard).name != shard:
+      raise BadInput(f'{index}: {name} lies in {shard!r}; the rule is a file name in the same folder, correct it')
+  return {name: folder / shard for name, shard in shards.items()}
+
+
+def read_shaped(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  stored = read_tensor(path, name)
+  if stored.shape != shape:
+    raise BadInput(f'{path}: {name} has shape {stored.shape}; by its config it must have {shape}, so they do not match')
+  return stored
+
+
+def locate(folder: Path, name: str) -> Path:
+  where = tensor_files(folder)
+  if name not in where or name not in tensor_shapes(where[name]):
+    raise BadInput(f'{folder}: tensor {name!r} is missing from the weights; download them again')
+  return where[name]

@@ -6,22 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from latent_loop import storage
+from latent_loop import storage, trained
 from latent_loop.checkpoint import Checkpoints
-from latent_loop.config import Config, DataConfig, MeshConfig, TrainConfig
+from latent_loop.config import Config, DataConfig, DepthConfig, MeshConfig, ModelConfig, TrainConfig
 from latent_loop.data import make_tokenizer
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.interop import files, huggingface, tokenizer_files
 from latent_loop.interop.to_hf import check_free
-from latent_loop.model import Params, build
-from latent_loop.optim import make_optimizer
-from latent_loop.parallel import memory
+from latent_loop.model import Params
 from latent_loop.parallel import mesh as meshes
-from latent_loop.step import TrainState, make_sharded_state
-from latent_loop.trust import guards
 from latent_loop.workdir import open_workdir
 
 DATA = 'data'  # where parquet files for evaluation belong, in the workdir
@@ -36,7 +29,12 @@ def take_in(folder: Path, workdir: storage.Path) -> Config:
   storage.local_only(workdir, 'what from_hf makes')
   check_free(workdir, '--workdir')
   config = config_of(folder, workdir.absolute())
-  params = huggingface.read_params(folder, config.model)
+  write_run(folder, workdir, config, huggingface.read_params(folder, config.model))
+  return config
+
+
+def write_run(folder: Path, workdir: Path, config: Config, params: Params) -> None:
+  """A run's folder, `params` as its step 0 and the tokenizer of `folder`, whole or not at all; raises SaveFailed."""
   unfinished = workdir.with_name(workdir.name + _UNFINISHED)
   try:
     if unfinished.exists():
@@ -47,16 +45,19 @@ def take_in(folder: Path, workdir: storage.Path) -> Config:
     os.rename(unfinished, workdir)
   except OSError as error:
     shutil.rmtree(unfinished, ignore_errors=True)
-    raise SaveFailed(f'--workdir={workdir}: it could not be written ({error}); make room, start again') from error
-  return config
+    raise SaveFailed(f'{workdir}: it could not be written ({error}); make room, start again') from error
 
 
 def config_of(folder: Path, workdir: Path) -> Config:
-  """The config of a run that could have made the checkpoint. Without a tokenizer.json, or with that of bytes, text is
-  bytes; else it is read with a copy of the file in `workdir`. Raises BadInput."""
+  """The config of a run that could have made the checkpoint; raises BadInput."""
   model, depth = huggingface.read_config(folder)
-  values, path = files.read_json(folder / huggingface.CONFIG), folder / huggingface.CONFIG
-  seq_len = files.entry(path, values, 'block_size', int)
+  path = folder / huggingface.CONFIG
+  return around(model, depth, folder, workdir, files.entry(path, files.read_json(path), 'block_size', int))
+
+
+def around(model: ModelConfig, depth: DepthConfig, folder: Path, workdir: Path, seq_len: int) -> Config:
+  """All of a config from its model. Without a tokenizer.json, or with that of bytes, text is bytes; else it is read
+  with a copy of the file in `workdir`. Raises BadInput."""
   found = folder / tokenizer_files.TOKENIZER
   data = DataConfig(seq_len=seq_len)
   if found.exists() and not tokenizer_files.is_bytes(found):
@@ -77,14 +78,7 @@ def _copy_tokenizer(folder: Path, workdir: Path) -> None:
 
 
 def _save(workdir: Path, config: Config, params: Params) -> None:
-  """Step 0 as the trainer would have saved it, these parameters in the place of the drawn ones."""
-  mesh = meshes.make_mesh(MeshConfig())
-  model, optimizer = build(config.model, config.depth), make_optimizer(config.optim, config.train.num_steps)
-  init, specs = make_sharded_state(config, model, optimizer, mesh)
-  memory.check_state(jax.eval_shape(init), specs)
-  with jax.set_mesh(mesh):
-    around = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), None, guards.Skips.none())
-    state = jax.jit(around, out_shardings=specs)(jax.device_put(params, specs.params))
+  state = trained.first_state(config, params, meshes.make_mesh(MeshConfig()))
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     # No data made these weights, so there is no fingerprint to hold later data against.
     checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': None})

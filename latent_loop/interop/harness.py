@@ -1,13 +1,18 @@
-"""A run as a model of lm-eval-harness: --model latent_loop --model_args workdir=DIR,depth=N,exit=RULE"""
+"""A run as a model of lm-eval-harness: --model latent_loop --model_args workdir=DIR,depth=N,exit=RULE
+
+depths=1:4:8 in the place of depth=N gives the results at each: texts are scored at all of them in one unroll.
+"""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import get_model, register_model
 
 from latent_loop import trained
 from latent_loop.data import make_tokenizer
@@ -17,44 +22,69 @@ from latent_loop.inference.text import request_of, text_of
 from latent_loop.model import Model, Params
 from latent_loop.model.layers import Rows
 
+_NAME = 'latent_loop'
 _NEW_TOKENS = 256  # of an answer, where a task does not say
+_BY_TASK = ('results', 'groups', 'configs', 'versions', 'n-shot', 'higher_is_better', 'n-samples', 'samples')
+
+Score = dict[int, tuple[float, bool]]  # by depth: nats, whether greedy decoding would say it
 
 
-@register_model('latent_loop')
+@register_model(_NAME)
 class LatentLoop(LM):
   """depth: iterations per token, the mean of training where it is not given. exit: of generated tokens, as in
-  launch.generate; a text that is scored takes `depth` for every token. Raises BadInput.
+  launch.generate; a text that is scored takes `depth` for every token. depths: those to score at, as 1:4:8, of which
+  `depth` is the one that is answered for. Raises BadInput.
   """
 
-  def __init__(self, workdir: str, depth: int | None = None, exit: str = 'none', batch_size: int = 8, **_: object):
+  def __init__(
+    self,
+    workdir: str,
+    depth: int | None = None,
+    depths: str | int | None = None,
+    exit: str = 'none',
+    batch_size: int = 8,
+    **_: object,
+  ):
     super().__init__()
     found = trained.load(Path(workdir))
     self._engine, self._tokenizer = trained.engine_of(found), make_tokenizer(found.config.data)
-    self._depth, self._exit = int(depth or found.config.depth.mean), ExitRule.parse(exit)
-    if self._depth < 1:
-      raise BadInput(f'--model_args depth={depth}: the core runs at least once; give 1 or more')
+    self.depths = _depths_of(depth, depths, found.config.depth.mean)
+    self.depth, self._exit = self.depths[0], ExitRule.parse(exit)
     self._batch_size, self._width = int(batch_size), found.config.data.seq_len
+    self._known: dict[tuple, Score] = {}  # what was asked -> the answers at all depths
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """(nats of the continuation, whether greedy decoding would give it), the context cut at its left to fit a row."""
+    return self._answers(requests, self._continuations)
+
+  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    """Nats of a whole text; one longer than a row is read in rows whose first half is context already scored."""
+    return [nats for nats, _ in self._answers(requests, self._texts)]
+
+  def _answers(self, requests, score: Callable[[list[tuple]], list[Score]]) -> list[tuple[float, bool]]:
+    """What `score` finds at this depth; it is asked once for all depths."""
+    new = [request.args for request in requests if request.args not in self._known]
+    self._known |= zip(new, score(new), strict=True)
+    return [self._known[request.args][self.depth] for request in requests]
+
+  def _continuations(self, asked: list[tuple[str, str]]) -> list[Score]:
     pairs = []
-    for request in requests:
-      context, continuation = request.args
+    for context, continuation in asked:
       whole, start = self._tokens(context + continuation), len(self._tokens(context))
       pairs.append(([self._tokenizer.bos, *whole], 1 + min(start, len(whole))))
     return self._score(pairs)
 
-  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Nats of a whole text; one longer than a row is read in rows whose first half is context already scored."""
+  def _texts(self, asked: list[tuple[str]]) -> list[Score]:
     out = []
-    for request in requests:
-      tokens, pairs, at = [self._tokenizer.bos, *self._tokens(request.args[0])], [], 1
+    for (text,) in asked:
+      tokens, pairs, at = [self._tokenizer.bos, *self._tokens(text)], [], 1
       while at < len(tokens):
         begin = 0 if at == 1 else max(at - self._width // 2, 0)
         end = min(begin + self._width, len(tokens))
         pairs.append((tokens[begin:end], at - begin))
         at = end
-      out.append(sum(nats for nats, _ in self._score(pairs)))
+      parts = self._score(pairs)
+      out.append({depth: (sum(part[depth][0] for part in parts), True) for depth in self.depths})
     return out
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -73,7 +103,7 @@ class LatentLoop(LM):
     return request_of(
       self._tokenizer,
       context,
-      depth=self._depth,
+      depth=self.depth,
       exit=self._exit,
       max_new_tokens=int(options.get('max_gen_toks', _NEW_TOKENS)),
       temperature=float(options.get('temperature', 1.0)) if drawn else 0.0,
@@ -82,8 +112,8 @@ class LatentLoop(LM):
   def _tokens(self, text: str) -> list[int]:
     return self._tokenizer.encode([text])[0].tolist()
 
-  def _score(self, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-    """For (tokens, first): (nats, all greedy) of tokens[first:], each given those before it."""
+  def _score(self, pairs: list[tuple[list[int], int]]) -> list[Score]:
+    """For (tokens, first): nats and greediness of tokens[first:], each given those before it."""
     out = []
     for i in range(0, len(pairs), self._batch_size):
       rows = [(tokens[-self._width :], max(first - max(len(tokens) - self._width, 0), 1))
@@ -91,21 +121,75 @@ class LatentLoop(LM):
       tokens_BT = np.zeros((self._batch_size, round_up(max(len(tokens) for tokens, _ in rows))), np.int32)
       for row, (tokens, _) in zip(tokens_BT, rows, strict=False):
         row[: len(tokens)] = tokens
+      gaps_R = np.diff(np.array((0, *self.depths), np.int32))
       with jax.set_mesh(self._engine.mesh):
-        scores = jax.device_get(_read(self._engine.model, self._engine.params, tokens_BT, np.int32(self._depth)))
-      for nats_T, right_T, (tokens, first) in zip(*scores, rows, strict=False):
+        nats_RBT, right_RBT = jax.device_get(_read(self._engine.model, self._engine.params, tokens_BT, gaps_R))
+      for b, (tokens, first) in enumerate(rows):
         told = slice(first - 1, len(tokens) - 1)
-        out.append((float(nats_T[told].sum()), bool(right_T[told].all())))
+        each = zip(self.depths, nats_RBT[:, b, told], right_RBT[:, b, told], strict=True)
+        out.append({depth: (float(nats_T.sum()), bool(right_T.all())) for depth, nats_T, right_T in each})
     return out
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _read(model: Model, params: Params, tokens_BT: jax.Array, depth: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(log p of each next token, whether it is the best one), both [B, T - 1]."""
+def _read(model: Model, params: Params, tokens_BT: jax.Array, gaps_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(log p of each next token, whether it is the best one), both [R, B, T - 1]; gaps_R: from depth to depth."""
   B, T = tokens_BT.shape
   rows = Rows(jnp.broadcast_to(jnp.arange(T), (B, T)), None)
+  e_BTD = model.embed_input(params, tokens_BT, rows)
+
+  def visit(s_BTD, gap):
+    s_BTD = model.advance(params, s_BTD, e_BTD, rows, gap)
+    return s_BTD, s_BTD
+
+  def read(s_BTD):
+    log_p_BTV = jax.nn.log_softmax(model.scores(params, model.apply_coda(params, s_BTD, rows))[:, :-1])
+    log_p_BT = jnp.take_along_axis(log_p_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return log_p_BT, jnp.argmax(log_p_BTV, axis=-1) == tokens_BT[:, 1:]
+
   s_BTD = model.init_state(jax.random.key(0), jnp.zeros((B,), jnp.int32), T)  # the same noise for every text
-  s_BTD = model.advance(params, s_BTD, model.embed_input(params, tokens_BT, rows), rows, depth)
-  log_p_BTV = jax.nn.log_softmax(model.scores(params, model.apply_coda(params, s_BTD, rows))[:, :-1])
-  log_p_BT = jnp.take_along_axis(log_p_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-  return log_p_BT, jnp.argmax(log_p_BTV, axis=-1) == tokens_BT[:, 1:]
+  return jax.lax.map(read, jax.lax.scan(visit, s_BTD, gaps_R)[1])
+
+
+def _depths_of(depth: object, depths: object, mean: int) -> tuple[int, ...]:
+  """Ascending, of depth=4 or depths=1:4:8; raises BadInput."""
+  if depth is not None and depths is not None:
+    raise BadInput(f'--model_args depth={depth},depths={depths}: give one of the two')
+  name, value = ('depth', depth) if depths is None else ('depths', depths)
+  parts = str(value).split(':') if name == 'depths' else [str(mean if value is None else value)]
+  if not all(part.isdecimal() and 1 <= int(part) < 2**31 for part in parts):
+    raise BadInput(f'--model_args {name}={value}: the core runs at least once; give 1 or more, several as depths=1:4:8')
+  return tuple(sorted({int(part) for part in parts}))
+
+
+def by_depth(evaluate: Callable) -> Callable:
+  """lm_eval.simple_evaluate that answers depths=1:4:8 with every task three times, as task_depth_1 and so on.
+
+  One model serves all of them, so that only what is generated is computed again.
+  """
+
+  @functools.wraps(evaluate)
+  def run(model: Any, model_args: Any = None, batch_size: Any = None, **options: Any) -> dict[str, Any] | None:
+    if model != _NAME or 'depths' not in (model_args or {}):
+      return evaluate(model=model, model_args=model_args, batch_size=batch_size, **options)
+    lm = get_model(_NAME).create_from_arg_obj(model_args, {'batch_size': batch_size or 8})
+    merged: dict[str, Any] = {}
+    for depth in lm.depths:
+      lm.depth = depth
+      found = evaluate(model=lm, batch_size=batch_size, **options)
+      label = f'_depth_{depth:0{len(str(lm.depths[-1]))}d}'
+      merged |= {key: merged.get(key, {}) | _renamed(key, found[key], label) for key in found.keys() & {*_BY_TASK}}
+      groups = {group + label: [task + label for task in tasks] for group, tasks in found['group_subtasks'].items()}
+      merged['group_subtasks'] = merged.get('group_subtasks', {}) | groups
+      merged = {**found, **merged}
+    return merged
+
+  return run
+
+
+def _renamed(key: str, by_task: dict[str, Any], label: str) -> dict[str, Any]:
+  """Names with the depth behind them, also as a table shows them."""
+  named = {task + label: value for task, value in by_task.items()}
+  if key in ('results', 'groups'):
+    named = {task: {**values, 'alias': values['alias'] + label} for task, values in named.items()}
+  return named

@@ -19,8 +19,8 @@ from latent_loop.interop import files
 from latent_loop.model import Params, build
 from latent_loop.parallel.sharding import path_of
 
-CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
-_EMBEDDING, _HEAD, ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_cis'
+CONFIG = 'config.json'
+_EMBEDDING, HEAD, ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_cis'
 
 # --- config ------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ def _positive(path: Path, values: dict[str, Any], key: str) -> float:
 
 def _vocabulary(folder: Path, vocab_size: int) -> int:
   """Rows of the stored embedding: the vocabulary, often padded to a round number."""
-  path = _locate(folder, _EMBEDDING)
+  path = files.locate(folder, _EMBEDDING)
   shape = files.tensor_shapes(path)[_EMBEDDING]
   if len(shape) != 2 or shape[0] < vocab_size:
     raise BadInput(
@@ -267,8 +267,13 @@ def to_hf(params: Params, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def stream_to_hf(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
   """The same one by one, in the order of `table`, so that the host need not hold all of them."""
   _check_exportable(cfg)
+  yield from stream(params, table(cfg))
+
+
+def stream(params: Params, tensors: tuple[Tensor, ...]) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of every tensor of a table, one by one."""
   ours = {path_of(keypath): leaf for keypath, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  for t in table(cfg):
+  for t in tensors:
     yield t.name, np.ascontiguousarray(t.join(*(np.asarray(ours[path]) for path in t.paths)))
 
 
@@ -286,16 +291,26 @@ def rotary_table(cfg: ModelConfig, positions: int) -> np.ndarray:
 def read_params(folder: Path, cfg: ModelConfig) -> Params:
   """Our parameters as float32 NumPy arrays, in the tree of `Model.init`; raises BadInput for what does not fit."""
   _check_exportable(cfg)
-  where = _tensor_files(Path(folder))
+  where = files.tensor_files(Path(folder))
   _check_extras(where, cfg)
+  return assemble(read_arrays(where, table(cfg), folder), cfg)
+
+
+def read_arrays(where: dict[str, Path], tensors: tuple[Tensor, ...], folder: Path) -> dict[str, np.ndarray]:
+  """Ours by path, from the tensors of a table; raises BadInput for one that is missing or of another shape."""
   ours: dict[str, np.ndarray] = {}
-  for tensor in table(cfg):
+  for tensor in tensors:
     if tensor.name not in where:
       raise BadInput(f'{folder}: tensor {tensor.name!r} is missing from the weights; download them again')
-    stored = _read_shaped(where[tensor.name], tensor.name, tensor.shape)
+    stored = files.read_shaped(where[tensor.name], tensor.name, tensor.shape)
     ours |= zip(tensor.paths, map(np.ascontiguousarray, tensor.split(stored)), strict=True)
+  return ours
+
+
+def assemble(ours: dict[str, np.ndarray], cfg: ModelConfig) -> Params:
+  """The tree of `Model.init` from arrays by path, all of them."""
   expected = jax.eval_shape(build(cfg, DepthConfig()).init, jax.random.key(0))
-  assert len(ours) == len(jax.tree.leaves(expected)), 'the table and the model disagree; edit huggingface.table'
+  assert len(ours) == len(jax.tree.leaves(expected)), 'the table and the model disagree; edit the table'
 
   def pick(keypath, leaf):
     found = ours[path_of(keypath)]
@@ -305,48 +320,23 @@ def read_params(folder: Path, cfg: ModelConfig) -> Params:
   return jax.tree_util.tree_map_with_path(pick, expected)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-  """Tensor name -> the file that holds it: one file, or the shards of an index."""
-  if not folder.is_dir():
-    raise BadInput(f'{folder}: no such folder; give one that holds {CONFIG} and {WEIGHTS}')
-  if (folder / WEIGHTS).exists():
-    return dict.fromkeys(files.tensor_shapes(folder / WEIGHTS), folder / WEIGHTS)
-  index = folder / INDEX
-  if not index.exists():
-    raise BadInput(f'{folder}: holds neither {WEIGHTS} nor {INDEX}; download the weights')
-  shards = files.entry(index, files.read_json(index), 'weight_map', dict)
-  for name, shard in shards.items():
-    if not isinstance(shard, str) or Path(shard).name != shard:
-      raise BadInput(f'{index}: {name} lies in {shard!r}; the rule is a file name in the same folder, correct it')
-  return {name: folder / shard for name, shard in shards.items()}
-
-
-def _locate(folder: Path, name: str) -> Path:
-  where = _tensor_files(folder)
-  if name not in where or name not in files.tensor_shapes(where[name]):
-    raise BadInput(f'{folder}: tensor {name!r} is missing from the weights; download them again')
-  return where[name]
-
-
-def _read_shaped(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  stored = files.read_tensor(path, name)
-  if stored.shape != shape:
-    raise BadInput(f'{path}: {name} has shape {stored.shape}; by its config it must have {shape}, so they do not match')
-  return stored
-
-
 def _check_extras(where: dict[str, Path], cfg: ModelConfig) -> None:
   """A second copy of the tied head and the rotary table may be stored, but must say what the model computes."""
-  unknown = sorted(where.keys() - {tensor.name for tensor in table(cfg)} - {_HEAD, ROTARY})
+  unknown = sorted(where.keys() - {tensor.name for tensor in table(cfg)} - {HEAD, ROTARY})
   if unknown:
     raise BadInput(f'{where[unknown[0]]}: unknown tensor {unknown[0]!r}; this model has no place for it')
-  if _HEAD in where:
-    shape = (cfg.vocab_size, cfg.width)
-    head = _read_shaped(where[_HEAD], _HEAD, shape)
-    if _EMBEDDING in where and not np.array_equal(head, _read_shaped(where[_EMBEDDING], _EMBEDDING, shape)):
-      raise BadInput(f'{where[_HEAD]}: {_HEAD} differs from {_EMBEDDING}; only tied embeddings are supported')
+  check_tied(where, _EMBEDDING, cfg)
   if ROTARY in where:
     _check_rotary(where[ROTARY], cfg)
+
+
+def check_tied(where: dict[str, Path], embedding: str, cfg: ModelConfig) -> None:
+  """A head that is stored must equal the embedding."""
+  if HEAD in where:
+    shape = (cfg.vocab_size, cfg.width)
+    head = files.read_shaped(where[HEAD], HEAD, shape)
+    if embedding in where and not np.array_equal(head, files.read_shaped(where[embedding], embedding, shape)):
+      raise BadInput(f'{where[HEAD]}: {HEAD} differs from {embedding}; only tied embeddings are supported')
 
 
 def _check_rotary(path: Path, cfg: ModelConfig) -> None:

@@ -1,18 +1,24 @@
-"""A run's newest checkpoint as a folder in the Hugging Face layout of the reference, whole or not at all."""
+"""A run's newest checkpoint as a folder in the Hugging Face layout, whole or not at all.
 
+The layout is Llama's for a plain decoder (llama.py says which that is), the reference's for all others.
+"""
+
+import itertools
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from latent_loop import storage
-from latent_loop.config import Config, ModelConfig
+from latent_loop.config import Config
 from latent_loop.errors import BadInput, SaveFailed
-from latent_loop.interop import huggingface, tokenizer_files
+from latent_loop.interop import files, huggingface, llama, tokenizer_files
 from latent_loop.model import Params
 from latent_loop.trained import load
 from latent_loop.workdir import read_config
@@ -48,10 +54,14 @@ def check_free(folder: Path, flag: str) -> None:
 def texts_of(config: Config) -> dict[str, str]:
   """Every file of the export but the weights; raises BadInput."""
   written = tokenizer_files.files_of(config.data)
-  values = huggingface.config_to_hf(config.model, config.depth, config.data.seq_len) | {'auto_map': _AUTO_MAP}
   generation = tokenizer_files.generation_config(config.data, written)
+  if llama.is_plain(config):
+    tokens = {key: value for key, value in generation.items() if key.endswith('_token_id')}
+    values, code = llama.config_to_hf(config.model, config.data.seq_len) | tokens, {}
+  else:
+    values = huggingface.config_to_hf(config.model, config.depth, config.data.seq_len) | {'auto_map': _AUTO_MAP}
+    code = {path.name: path.read_text(encoding='utf-8') for path in sorted(_MODELING.glob('*.py'))}
   as_text = lambda value: json.dumps(value, indent=2) + '\n'
-  code = {path.name: path.read_text(encoding='utf-8') for path in sorted(_MODELING.glob('*.py'))}
   return {huggingface.CONFIG: as_text(values), GENERATION: as_text(generation), **written, **code}
 
 
@@ -64,7 +74,7 @@ def write_folder(output: Path, texts: dict[str, str], params: Params, config: Co
     unfinished.mkdir(parents=True)
     for name, text in texts.items():
       storage.write(unfinished / name, text)
-    _write_weights(unfinished, params, config.model, config.data.seq_len, shard_bytes)
+    _write_weights(unfinished, params, config, shard_bytes)
     os.rename(unfinished, output)
   except (OSError, SafetensorError) as error:
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -72,14 +82,11 @@ def write_folder(output: Path, texts: dict[str, str], params: Params, config: Co
   return sorted(path.name for path in output.iterdir())
 
 
-def _write_weights(folder: Path, params: Params, cfg: ModelConfig, positions: int, shard_bytes: int) -> None:
-  rotary = huggingface.rotary_table(cfg, positions)
-  sizes = {huggingface.ROTARY: rotary.nbytes}
-  sizes |= {tensor.name: 4 * math.prod(tensor.shape) for tensor in huggingface.table(cfg)}
+def _write_weights(folder: Path, params: Params, config: Config, shard_bytes: int) -> None:
+  sizes, tensors = _tensors(params, config)
   shards = plan_shards(sizes, shard_bytes)
   names = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
-  names = [huggingface.WEIGHTS] if len(shards) == 1 else names
-  tensors = _chain(rotary, params, cfg)
+  names = [files.WEIGHTS] if len(shards) == 1 else names
   for name, shard in zip(names, shards, strict=True):
     save_file(dict(next(tensors) for _ in shard), folder / name, metadata={'format': 'pt'})
     (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
@@ -88,12 +95,19 @@ def _write_weights(folder: Path, params: Params, cfg: ModelConfig, positions: in
   if len(shards) > 1:
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
-    storage.write(folder / huggingface.INDEX, json.dumps(index, indent=2) + '\n')
+    storage.write(folder / files.INDEX, json.dumps(index, indent=2) + '\n')
 
 
-def _chain(rotary, params: Params, cfg: ModelConfig):
-  yield huggingface.ROTARY, rotary
-  yield from huggingface.stream_to_hf(params, cfg)
+def _tensors(params: Params, config: Config) -> tuple[dict[str, int], Iterator[tuple[str, np.ndarray]]]:
+  """(bytes by name, name and array one by one) of what the layout holds."""
+  sizes_of = lambda table: {tensor.name: 4 * math.prod(tensor.shape) for tensor in table}
+  if llama.is_plain(config):
+    table = llama.table(config.model)
+    return sizes_of(table), huggingface.stream(params, table)
+  rotary = huggingface.rotary_table(config.model, config.data.seq_len)
+  sizes = {huggingface.ROTARY: rotary.nbytes} | sizes_of(huggingface.table(config.model))
+  first = iter([(huggingface.ROTARY, rotary)])
+  return sizes, itertools.chain(first, huggingface.stream_to_hf(params, config.model))
 
 
 def plan_shards(sizes: dict[str, int], most: int) -> list[list[str]]:

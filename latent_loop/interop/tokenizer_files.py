@@ -46,7 +46,7 @@ def is_bytes(path: Path) -> bool:
 
 def _path_of(cfg: DataConfig) -> Path | None:
   """The tokenizer.json of a run that has one; None: its tokens are bytes."""
-  if cfg.source == 'parquet':
+  if cfg.source in ('parquet', 'chat') and cfg.tokenizer:
     return Path(cfg.tokenizer)
   if cfg.source == 'prepared' and manifest.read(Path(cfg.paths[0])).tokenizer != 'bytes':
     return Path(cfg.paths[0]) / manifest.TOKENIZER

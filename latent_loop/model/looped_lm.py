@@ -50,7 +50,7 @@ class LoopedLM(nnx.Module):
     exit_init, exit_key = initializers.orthogonal(initializers.base_std(cfg)), next(keys)
     projected = cfg.core_exit == 'projection'
     self.core_exit = Projection((cfg.width, cfg.width), exit_init, exit_key) if projected else None
-    self.remat = cfg.remat
+    self.cfg = cfg
 
   def embed_input(self, tokens_BT: jax.Array, rows: Rows) -> jax.Array:
     """e = P(x)."""
@@ -64,10 +64,9 @@ class LoopedLM(nnx.Module):
       return self._run(self.core, constrain_BTD(self.injection(s_BTD, e_BTD)), rows)
 
   def leave_core(self, s_BTD: jax.Array) -> jax.Array:
-    """What the coda reads of a state: the final norm (the reference's), or Parcae's projection C."""
-    if self.core_exit is None:
-      return self.final_norm(s_BTD)
-    return self.core_exit(s_BTD)
+    """What the coda reads of a state: its final norm (the reference's), Parcae's projection C, or all of it."""
+    exits = {'final_norm': self.final_norm, 'projection': self.core_exit, 'none': lambda s_BTD: s_BTD}
+    return exits[self.cfg.core_exit](s_BTD)
 
   def apply_coda(self, s_BTD: jax.Array, rows: Rows) -> jax.Array:
     """The coda's output under the final norm, ready for `scores`. The norm's scale serves twice."""
@@ -81,7 +80,7 @@ class LoopedLM(nnx.Module):
   def _run(self, blocks, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     for block in blocks:
       run = lambda x, block=block: block(x, rows)
-      x_BTD = (jax.checkpoint(run) if self.remat == 'block' else run)(x_BTD)
+      x_BTD = (jax.checkpoint(run) if self.cfg.remat == 'block' else run)(x_BTD)
     return x_BTD
 
 
