@@ -63,7 +63,7 @@ def parts_of(config: Config) -> dict[str, Config]:
     difficulties = range(config.data.min_difficulty, config.data.max_difficulty + 1)
     return {f'difficulty {d}': of(min_difficulty=d, max_difficulty=d) for d in difficulties}
   paths = config.data.paths if len(config.data.paths) > 1 else ()
-  return {path: of(paths=(path,), weights=()) for path in paths}
+  return {path: of(paths=(path,), weights=(), weight_changes=()) for path in paths}
 
 
 def kinds_of_tokens(tokenizer: Tokenizer, tokens_X: np.ndarray) -> np.ndarray:

@@ -94,8 +94,9 @@ def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
   """(the source, its training batches, of each of which this process builds its own rows, what both must stay)."""
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)
+  changes = config.data.changes_of(config.train.num_steps)
   rows, threads = source.rows('train'), config.data.read_threads
-  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads)
+  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads, changes)
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 
 

@@ -143,6 +143,8 @@ def from_json(text: str, path: str) -> Config:
   try:
     values = json.loads(text)
     _require(isinstance(values, dict), 'not a JSON object')
+    if isinstance(values.get('data'), dict):
+      values['data'].setdefault('weight_changes', [])  # an older version wrote none, and knew none
     return seal(values)
   except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(

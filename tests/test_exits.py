@@ -109,6 +109,7 @@ def test_a_task_is_shown_by_difficulty_and_a_mixture_by_folder():
   parts = calibration.parts_of(task)
   assert list(parts) == ['difficulty 2', 'difficulty 3']
   assert [(part.data.min_difficulty, part.data.max_difficulty) for part in parts.values()] == [(2, 2), (3, 3)]
-  mixture = tiny_config(**{'data.source': 'prepared', 'data.paths': ('a', 'b'), 'data.weights': (1.0, 2.0)})
+  mixture = tiny_config(**{'data.source': 'prepared', 'data.paths': ('a', 'b'), 'data.weights': (1.0, 2.0),
+                         'data.weight_changes': ((0.5, 2.0, 1.0),)})  # fmt: skip
   assert [part.data.paths for part in calibration.parts_of(mixture).values()] == [('a',), ('b',)]
   assert calibration.parts_of(tiny_config()) == {}

@@ -18,12 +18,17 @@ from latent_loop.data.packing import stack
 from latent_loop.data.parquet import ParquetRows
 from latent_loop.data.windows import Windows
 
+Changes = Sequence[tuple[int, Sequence[float]]]  # (from when on, weights of the sources)
 
-def make_order(rows: Rows, seed: int) -> Sequence[int]:
-  """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights."""
+
+def make_order(rows: Rows, seed: int, changes: Changes = ()) -> Sequence[int]:
+  """Place in the endless stream -> row. Every source is reshuffled each epoch; sources are woven by their weights.
+
+  changes: the places from which a mixture has other weights.
+  """
   if isinstance(rows, Mixture):
     parts = enumerate(zip(rows.sources, rows.parts, strict=True))
-    return Woven([_shuffled(source, part, seed + i) for i, (source, part) in parts], rows.weights)
+    return Woven([_shuffled(source, part, seed + i) for i, (source, part) in parts], rows.weights, changes)
   return _shuffled(rows, range(len(rows)), seed)
 
 
@@ -36,9 +41,21 @@ def _shuffled(source: Rows, ids: range, seed: int) -> Sequence[int]:
 class Batches:
   """Random access to the batches of one split, reshuffled each epoch."""
 
-  def __init__(self, rows: Rows, seed: int, batch_size: int, mine: Sequence[int] | None = None, threads: int = 1):
-    """mine: which rows of each global batch to build; None = all. threads: how many of them are read at once."""
-    self._rows, self._order = rows, make_order(rows, seed)
+  def __init__(
+    self,
+    rows: Rows,
+    seed: int,
+    batch_size: int,
+    mine: Sequence[int] | None = None,
+    threads: int = 1,
+    changes: Changes = (),
+  ):
+    """mine: which rows of each global batch to build; None = all. threads: how many of them are read at once.
+
+    changes: the steps from which a mixture has other weights.
+    """
+    self._rows = rows
+    self._order = make_order(rows, seed, [(step * batch_size, weights) for step, weights in changes])
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
     self._map = concurrent.futures.ThreadPoolExecutor(threads).map if threads > 1 else map
 
