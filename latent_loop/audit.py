@@ -21,6 +21,7 @@ from latent_loop.data.pipeline import Batches, Changes
 from latent_loop.data.prepared import PreparedRows
 from latent_loop.errors import BadInput
 from latent_loop.metrics import read_lines
+from latent_loop.trust import rollback
 
 _ROUNDING = 1e-3  # of rows, in products of shares and places
 _WINDOW = 1000  # rows over which the realized mixture is compared with the asked one
@@ -190,7 +191,13 @@ def mixture(rows: data.Rows, ids: np.ndarray, changes: Changes, batch_size: int)
 
 
 def compare_with_run(batches: Batches, workdir: Path, say: Callable[[str], None]) -> list[str]:
-  """Faults where a run recorded other batches than its config gives."""
+  """Faults where a run recorded other batches than its config gives; names what its roll-backs skipped."""
+  batches.rollbacks = rollback.read(workdir)
+  for back, skipped in rollback.skipped(batches.rollbacks):
+    say(
+      f'{workdir}: batches {skipped.start:,} to {skipped.stop - 1:,} of the stream were skipped by a roll-back to step '
+      f'{back.step:,} ({back.reason}): not read in this epoch, and no fault'
+    )
   records = read_lines(workdir / 'metrics.jsonl')
   if not records:
     raise BadInput(f'{workdir}: no metrics.jsonl with steps to compare; train first')

@@ -333,11 +333,13 @@ class GuardConfig:
   max_contraction: float = 1.0  # factor on the residual per iteration past the mean depth
   max_loss: float | None = None  # nats per token, of logged steps ...
   max_loss_after_tokens: int = 0  # ... once so many tokens are seen
+  rollback: int = 0  # instead of exit code 11: so often return to the last good step, skipping the batches since
 
   def __post_init__(self):
     for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
       value = vars(self)[name]
       _require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
+    _require(self.rollback >= 0, f'config.guard.rollback={self.rollback} is below 0; 0 = off')
     for name in ('startup_secs', 'patience_secs', 'max_token_correlation', 'max_contraction', 'max_loss'):
       value = vars(self)[name]
       _require(value is None or value > 0, f'config.guard.{name}={value} must be positive')

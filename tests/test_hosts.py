@@ -529,7 +529,7 @@ from latent_loop.parallel import processes
 from latent_loop.parallel.group import Seat
 me, port, ends, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 group = processes.join(Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
-group.agree(0, False)
+group.agree(False)
 if me == ends and how == 137:
   os.kill(os.getpid(), signal.SIGKILL)
 if me == ends:

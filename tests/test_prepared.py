@@ -20,6 +20,7 @@ from latent_loop.errors import BadInput
 from latent_loop.prepare import filters, inputs, run
 from latent_loop.shards import manifest, records
 from latent_loop.shards.stream import Stream
+from latent_loop.trust import rollback
 from tests.test_prepare import request_of, write_corpus
 
 SEQ_LEN, BATCH = 100, 16
@@ -262,6 +263,16 @@ def test_the_audit_compares_with_what_a_run_recorded(folder, tmp_path):
   assert audit.audit(config, [1], 1, tmp_path, lambda line: None) == []
   (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines).replace('"step": 2', '"step": 5'))
   assert 'step 5' in audit.audit(config, [1], 1, tmp_path, lambda line: None)[0]
+
+
+def test_the_audit_names_what_a_roll_back_skipped(folder, tmp_path):
+  config, said = config_of(folder), []
+  batches = Batches(data.make_source(config).rows('train'), config.seed, BATCH)
+  lines = [json.dumps({'step': step, 'batch_hash': batches.hash(batch)}) for step, batch in ((1, 0), (2, 4), (3, 5))]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
+  rollback.write(tmp_path, [rollback.Rollback(1, 4, 'a NaN')])
+  assert audit.audit(config, [1], 1, tmp_path, said.append) == []
+  assert any('batches 1 to 3 of the stream were skipped by a roll-back to step 1 (a NaN)' in line for line in said)
 
 
 def test_the_audit_refuses_what_it_cannot_replay(folder):

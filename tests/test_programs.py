@@ -92,7 +92,7 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('train', [TEXT, '--config.model.width=wide'], 'config.model.width=wide'),
     ('train', [TEXT, '--config.model.block=foo'], 'choose one of sandwich, pre_norm'),
     ('train', [TEXT], '--workdir is missing'),
-    ('train', [TEXT, '--workdir=s3://bucket/run'], 'no store of this kind is known'),
+    ('train', [TEXT, '--workdir=s3://bucket/run'], 'Orbax, which writes the arrays'),
     ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),

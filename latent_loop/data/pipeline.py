@@ -1,4 +1,4 @@
-"""batch(step) as a pure function of (rows, seed, step): there is no iterator state to lose.
+"""batch(step) as a pure function of (rows, seed, roll-backs, step): there is no iterator state to lose.
 
 Every process sees the same global order and builds only its own rows of each batch, so the stream does not
 depend on the number of hosts.
@@ -17,6 +17,8 @@ from latent_loop.data.mixture import Mixture, Woven
 from latent_loop.data.packing import stack
 from latent_loop.data.parquet import ParquetRows
 from latent_loop.data.windows import Windows
+from latent_loop.trust import rollback
+from latent_loop.trust.rollback import Rollback
 
 Changes = Sequence[tuple[int, Sequence[float]]]  # (from when on, weights of the sources)
 
@@ -39,7 +41,10 @@ def _shuffled(source: Rows, ids: range, seed: int) -> Sequence[int]:
 
 
 class Batches:
-  """Random access to the batches of one split, reshuffled each epoch."""
+  """Random access to the batches of one split, reshuffled each epoch.
+
+  rollbacks: what a run that returned to an earlier step skips of the stream.
+  """
 
   def __init__(
     self,
@@ -56,12 +61,14 @@ class Batches:
     """
     self._rows = rows
     self._order = make_order(rows, seed, [(step * batch_size, weights) for step, weights in changes])
+    self.rollbacks: tuple[Rollback, ...] = ()
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
     self._map = concurrent.futures.ThreadPoolExecutor(threads).map if threads > 1 else map
 
   def row_ids(self, step: int) -> list[int]:
     """Which rows this process builds at `step`."""
-    return [self._order[step * self._global + i] for i in self._mine]
+    first = self._first(step)
+    return [self._order[first + i] for i in self._mine]
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
@@ -69,8 +76,13 @@ class Batches:
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""
-    ids = [self._order[step * self._global + i] for i in range(self._global)]
+    first = self._first(step)
+    ids = [self._order[first + i] for i in range(self._global)]
     return hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=8).hexdigest()
+
+  def _first(self, step: int) -> int:
+    """The place in the stream of the first row of the global batch at `step`."""
+    return rollback.place(step, self.rollbacks) * self._global
 
   def order_hash(self) -> str:
     """Changes when another library version would shuffle differently; equal on every process."""
