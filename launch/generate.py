@@ -15,6 +15,7 @@ from absl import flags
 from launch import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
+_HF = flags.DEFINE_string('hf', None, 'in its place: folder of a Huginn checkpoint in the Hugging Face layout')
 _PROMPT = flags.DEFINE_string('prompt', None, 'text to continue')
 _PROMPTS = flags.DEFINE_string(
   'prompts', None, 'file with one prompt per line, or - for JSON lines from standard input'
@@ -44,18 +45,18 @@ _SEED = flags.DEFINE_integer('seed', 0, 'seed of the initial states and of sampl
 def main() -> int:
   from latent_loop.errors import BadInput
 
-  workdir = program.workdir_of(_WORKDIR.value)
+  load = program.loader(_WORKDIR.value, _HF.value, _TENSOR.value)
   if [_PROMPT.value is not None, _PROMPTS.value is not None, _CHAT.value].count(True) != 1:
     raise BadInput('give either --prompt=TEXT or --prompts=FILE with one prompt per line, or --chat')
   if '' in _STOP.value:
     raise BadInput('--stop is empty, and every answer would end before it begins; give a text, or leave it out')
   if _CHAT.value:
-    return _chat(workdir)
+    return _chat(load)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
   from latent_loop import data, trained
 
   program.keep_compiled()
-  model = trained.load(workdir, _TENSOR.value)
+  model = load()
   tokenizer = data.make_tokenizer(model.config.data)
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
   engine = trained.engine_of(model, **_way())
@@ -70,13 +71,13 @@ def main() -> int:
   return 0
 
 
-def _chat(workdir) -> int:
+def _chat(load) -> int:
   from latent_loop import data, trained
   from latent_loop.serving import repl
 
   _standard_input()  # input() reads it
   program.keep_compiled()
-  model = trained.load(workdir, _TENSOR.value)
+  model = load()
   tokenizer = data.make_tokenizer(model.config.data)
   like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)
   make = lambda tokens: dataclasses.replace(like, tokens=tokens)

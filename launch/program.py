@@ -243,6 +243,31 @@ def path_of(flag: str, value: str) -> Path:
   return Path(value)
 
 
+def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:
+  """() -> the model of --workdir or --hf, on the devices; raises BadInput at once where both or none are given."""
+  from latent_loop.errors import BadInput
+
+  if hf is None:
+    run = workdir_of(workdir)
+
+    def load():
+      from latent_loop import trained
+
+      return trained.load(run, tensor)
+
+    return load
+  if workdir is not None:
+    raise BadInput(f'--workdir={workdir} and --hf={hf}: two models; give one of them')
+  folder = path_of('--hf', hf)
+
+  def take():
+    from latent_loop.interop import from_hf
+
+    return from_hf.load(folder, tensor)
+
+  return take
+
+
 def step_range(value: str | None) -> tuple[int, int] | None:
   """--profile_steps=10:13 as (10, 13); raises BadInput."""
   from latent_loop.errors import BadInput

@@ -11,6 +11,7 @@ from absl import flags
 from launch import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
+_HF = flags.DEFINE_string('hf', None, 'in its place: folder of a Huginn checkpoint in the Hugging Face layout')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'address to listen at; 0.0.0.0 is all of this machine')
 _PORT = flags.DEFINE_integer('port', 8000, 'port to listen at; 0 is any free one')
 _SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made at the same time', 1, 4096)
@@ -26,7 +27,7 @@ _DEPTH = flags.DEFINE_integer(
 def main() -> int:
   from latent_loop import optional
 
-  workdir = program.workdir_of(_WORKDIR.value)
+  load = program.loader(_WORKDIR.value, _HF.value, _TENSOR.value)
   for package in ('starlette', 'uvicorn'):
     optional.load(package, 'server', 'launch.serve')
   from latent_loop import data, trained
@@ -36,7 +37,7 @@ def main() -> int:
 
   program.keep_compiled()
   listener = server.listen(_HOST.value, _PORT.value)
-  model = trained.load(workdir, _TENSOR.value)
+  model = load()
   config = model.config
   max_depth = 2 * config.depth.mean if _DEPTH.value is None else _DEPTH.value
   board = Board(trained.engine_of(model, _CACHE.value), _SLOTS.value, max_depth, _TOTAL.value)

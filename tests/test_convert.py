@@ -37,13 +37,16 @@ def there_and_back(tmp_path_factory):
 
 @pytest.mark.slow
 def test_import_of_export_is_bit_equal(there_and_back):
-  config, params, _, workdir = there_and_back
+  config, params, folder, workdir = there_and_back
   back = trained.load(workdir)
   assert back.step == 0
   same = ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers', 'qk_bias', 'rope_base', 'norm_eps')
   assert [vars(back.config.model)[name] for name in same] == [vars(config.model)[name] for name in same]
   assert (back.config.depth.mean, back.config.depth.backprop_depth) == (6, 3)
   assert_same(jax.device_get(back.params), params)
+  unwritten = from_hf.load(folder, tensor=2)
+  assert unwritten.config.model == back.config.model and unwritten.mesh.shape['tensor'] == 2
+  assert_same(jax.device_get(unwritten.params), params)
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
-"""A checkpoint of the reference as the folder of a run of ours: its config, and its weights as verified step 0."""
+"""A checkpoint of the reference as a model of ours, in memory, or as a run's folder: its weights as verified step 0."""
 
 import dataclasses
 import math
 import os
 import shutil
 from pathlib import Path
+
+import jax
 
 from latent_loop import storage, trained
 from latent_loop.checkpoint import Checkpoints
@@ -13,8 +15,9 @@ from latent_loop.data import make_tokenizer
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.interop import files, huggingface, tokenizer_files
 from latent_loop.interop.to_hf import check_free
-from latent_loop.model import Params
+from latent_loop.model import Params, build
 from latent_loop.parallel import mesh as meshes
+from latent_loop.parallel import sharding
 from latent_loop.workdir import open_workdir
 
 DATA = 'data'  # where parquet files for evaluation belong, in the workdir
@@ -31,6 +34,18 @@ def take_in(folder: Path, workdir: storage.Path) -> Config:
   config = config_of(folder, workdir.absolute())
   write_run(folder, workdir, config, huggingface.read_params(folder, config.model))
   return config
+
+
+def load(folder: Path, tensor: int = 1) -> trained.Trained:
+  """The checkpoint in `folder` on the devices of this machine, as `trained.load` gives a run; nothing is written.
+
+  Raises BadInput for what is not Huginn's or is broken.
+  """
+  config = config_of(folder, folder.absolute())
+  mesh = meshes.make_mesh(MeshConfig(tensor=tensor))
+  params = huggingface.read_params(folder, config.model)
+  params = jax.device_put(params, sharding.shardings(params, mesh))
+  return trained.Trained(config, build(config.model, config.depth), params, mesh, step=0)
 
 
 def write_run(folder: Path, workdir: Path, config: Config, params: Params) -> None:
