@@ -15,13 +15,15 @@ import numpy as np
 from latent_loop import data
 from latent_loop.config import Config
 from latent_loop.data.chat import ChatRows
-from latent_loop.data.mixture import Mixture
+from latent_loop.data.mixture import Mixture, most_off
 from latent_loop.data.parquet import ParquetRows
-from latent_loop.data.pipeline import Batches
+from latent_loop.data.pipeline import Batches, Changes
 from latent_loop.data.prepared import PreparedRows
 from latent_loop.errors import BadInput
 from latent_loop.metrics import read_lines
+from latent_loop.trust import rollback
 
+_ROUNDING = 1e-3  # of rows, in products of shares and places
 _WINDOW = 1000  # rows over which the realized mixture is compared with the asked one
 MakeBatches = Callable[[int, range], Batches]  # (host, the rows of a global batch that it builds) -> its batches
 
@@ -45,18 +47,23 @@ def audit(config: Config, hosts: list[int], epochs: int, workdir: Path | None, s
   rows = data.make_source(config).rows('train')
   sources = rows.sources if isinstance(rows, Mixture) else [rows]
   faults = [fault for path, one in zip(config.data.paths, sources, strict=True) for fault in check_rows(path, one, say)]
-  make = lambda host, mine: Batches(rows, config.seed, size, mine)
-  num_steps = steps_for(rows, size, epochs)
+  changes = config.data.changes_of(config.train.num_steps)
+  make = lambda host, mine: Batches(rows, config.seed, size, mine, changes=changes)
+  # Shares of a run have a meaning in that run only, and in it a source may not come to the end of an epoch.
+  num_steps = config.train.num_steps if changes else steps_for(rows, size, epochs)
   cuts = [Start(num_steps * i // len(hosts), count) for i, count in enumerate(hosts)]
   for starts in [*([Start(0, count)] for count in hosts), *([cuts] if len(hosts) > 1 else [])]:
     title = ', then '.join(
       f'{start.hosts} host(s)' + f' from step {start.step:,}' * bool(start.step) for start in starts
     )
     ids, found = replay(make, size, num_steps, starts)
-    found += check_order(rows, ids, epochs)
+    found += check_order(rows, ids, None if changes else epochs)
     say(f'{title}: {num_steps:,} steps, {"every row once in each epoch" if not found else f"{len(found)} faults"}')
     faults += [f'{title}: {fault}' for fault in found]
-  say(mixture_line(rows, ids))
+  lines, found = mixture(rows, ids, [(step * size, weights) for step, weights in changes], size)
+  faults += found
+  for line in lines:
+    say(line)
   if workdir is not None:
     faults += compare_with_run(make(0, range(size)), workdir, say)
   return faults
@@ -90,15 +97,20 @@ def replay(make: MakeBatches, batch_size: int, num_steps: int, starts: list[Star
   return ids.reshape(-1), faults
 
 
-def check_order(rows: data.Rows, ids: np.ndarray, epochs: int) -> list[str]:
-  """Faults of the first epochs of every source: rows that are missing in one, and rows that come again."""
+def check_order(rows: data.Rows, ids: np.ndarray, epochs: int | None) -> list[str]:
+  """Faults of the first epochs of every source: rows that are missing in one, and rows that come again.
+
+  epochs: None = all there are; the last one of a source may end before its time, so no row of that is missing.
+  """
   parts = rows.parts if isinstance(rows, Mixture) else [range(len(rows))]
   faults = []
   for number, part in enumerate(parts):
     mine = ids[(ids >= part.start) & (ids < part.stop)] - part.start
-    for epoch in range(epochs):
-      counts = np.bincount(mine[epoch * len(part) : (epoch + 1) * len(part)], minlength=len(part))
-      missing, again = int((counts == 0).sum()), int((counts > 1).sum())
+    for epoch in range(-(-len(mine) // len(part)) if epochs is None else epochs):
+      some = mine[epoch * len(part) : (epoch + 1) * len(part)]
+      counts = np.bincount(some, minlength=len(part))
+      begun = epochs is None and len(some) < len(part)
+      missing, again = 0 if begun else int((counts == 0).sum()), int((counts > 1).sum())
       if missing or again:
         faults.append(
           f'source {number}, epoch {epoch + 1}: of {len(part):,} rows {missing:,} ({missing / len(part):.1%}) are '
@@ -151,26 +163,41 @@ def targets(spans: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[in
   return int((times < wanted).sum()), int((times > wanted).sum())
 
 
-def mixture_line(rows: data.Rows, ids: np.ndarray) -> str:
-  """Asked and realized shares of the sources, and the worst window."""
+def mixture(rows: data.Rows, ids: np.ndarray, changes: Changes, batch_size: int) -> tuple[list[str], list[str]]:
+  """(a line for each phase of a mixture: asked and realized shares, and the worst window; faults).
+
+  changes: (the place in `ids` from which they hold, weights). Epochs are counted from the first place on.
+  """
   if not isinstance(rows, Mixture):
-    return 'one source: no mixture'
-  total, parts = sum(rows.weights), []
-  for part, weight in zip(rows.parts, rows.weights, strict=True):
-    mine = np.concatenate([[0], np.cumsum((ids >= part.start) & (ids < part.stop))])
-    window = min(_WINDOW, len(ids))
-    counts = mine[window:] - mine[:-window]
-    asked = weight / total
-    worst = np.abs(counts / window - asked).max()
-    epochs = mine[-1] / len(part)
-    parts.append(
-      f'{mine[-1] / len(ids):.4f} of {asked:.4f} ({epochs:.2f} epochs, windows of {window} within {worst:.4f})'
-    )
-  return 'mixture, realized of asked: ' + '; '.join(parts)
+    return ['one source: no mixture'], []
+  phases, lines, faults = [(0, rows.weights), *changes, (len(ids), ())], [], []
+  for (begin, weights), (end, _) in itertools.pairwise(phases):
+    total, texts, size = sum(weights), [], end - begin
+    for number, (part, weight, most) in enumerate(zip(rows.parts, weights, most_off(weights), strict=True)):
+      mine = np.concatenate([[0], np.cumsum((ids[:end] >= part.start) & (ids[:end] < part.stop))])
+      inside, asked = mine[begin:] - mine[begin], weight / total
+      window = min(_WINDOW, size)
+      worst = np.abs((inside[window:] - inside[:-window]) / window - asked).max()
+      texts.append(
+        f'{inside[-1] / size:.4f} of {asked:.4f} ({mine[-1] / len(part):.2f} epochs, windows of {window} within '
+        f'{worst:.4f})'
+      )
+      off = np.abs(inside - asked * np.arange(size + 1)).max()
+      if off > most + _ROUNDING:
+        faults.append(f'source {number}, from step {begin // batch_size:,} on: {off:.0f} rows away from its share')
+    title = f'mixture from step {begin // batch_size:,}' if changes else 'mixture'
+    lines.append(f'{title}, realized of asked: {"; ".join(texts)}')
+  return lines, faults
 
 
 def compare_with_run(batches: Batches, workdir: Path, say: Callable[[str], None]) -> list[str]:
-  """Faults where a run recorded other batches than its config gives."""
+  """Faults where a run recorded other batches than its config gives; names what its roll-backs skipped."""
+  batches.rollbacks = rollback.read(workdir)
+  for back, skipped in rollback.skipped(batches.rollbacks):
+    say(
+      f'{workdir}: batches {skipped.start:,} to {skipped.stop - 1:,} of the stream were skipped by a roll-back to step '
+      f'{back.step:,} ({back.reason}): not read in this epoch, and no fault'
+    )
   records = read_lines(workdir / 'metrics.jsonl')
   if not records:
     raise BadInput(f'{workdir}: no metrics.jsonl with steps to compare; train first')

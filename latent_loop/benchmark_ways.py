@@ -18,7 +18,7 @@ from latent_loop.inference.engine import Answer, Engine, ExitRule, Request
 from latent_loop.inference.exits import READING
 from latent_loop.inference.speculate import Draft
 from latent_loop.inference.wavefront import Wavefront
-from latent_loop.model import Model, cost
+from latent_loop.model import cost
 
 
 def exits(
@@ -43,7 +43,7 @@ def exits(
   counted = cost.count(engine.model, prompts.prompt_tokens + prompts.new_tokens)
   reading = prompts.batch_size * (prompts.prompt_tokens * (counted.outer + counted.core * depth) + counted.head)
   rules = {'fixed': ExitRule(), 'in_step': rule, 'continuous': rule}
-  flops = {name: _flops(engine.model, counted, answers[name], its) for name, its in rules.items()}
+  flops = {name: _flops(counted, answers[name], its) for name, its in rules.items()}
   medians = {name: statistics.median(values) for name, values in seconds.items()}
   for name in rules:
     predicted = (reading + flops['fixed']) / (reading + flops[name])
@@ -161,11 +161,8 @@ def _mean_depth(answers: list[Answer]) -> float:
   return float(np.mean([depth for answer in answers for depth in answer.depths[1:]]))
 
 
-def _flops(model: Model, counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
+def _flops(counted: cost.Cost, answers: list[Answer], rule: ExitRule) -> float:
   """Of all tokens behind the first of each row: prelude, iterations, and coda and head as often as the rule reads."""
-  depth, cfg = _mean_depth(answers), model.cfg
+  depth = _mean_depth(answers)
   reads = max(1.0, (depth - rule.min_depth) / rule.every + 1) if rule.kind in READING else 1.0
-  coda_share = cfg.num_coda_layers / max(cfg.num_prelude_layers + cfg.num_coda_layers, 1)
-  coda = counted.outer_blocks * coda_share + counted.outer - counted.outer_blocks
-  per_token = counted.outer - coda + counted.core * depth + reads * (coda + counted.head)
-  return per_token * sum(len(answer.tokens) - 1 for answer in answers)
+  return counted.generated(depth, reads) * sum(len(answer.tokens) - 1 for answer in answers)

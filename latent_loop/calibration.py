@@ -12,6 +12,7 @@ from latent_loop import data, storage, trained
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.evals import exits as exit_eval
+from latent_loop.model import cost
 from latent_loop.storage import Path
 from latent_loop.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ def write_exits(
 ) -> tuple[Path, dict[str, Any]]:
   """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers).
 
-  target_depth: also the thresholds that keep to this mean depth.
+  target_depth: also the rules that keep to this mean depth.
   """
   evaluate = exit_eval.make_exit_eval(this.model, depth)
 
@@ -34,18 +35,22 @@ def write_exits(
       out.append((jax.device_get(evaluate(this.params, trained.place(batch, this.mesh), key)), batch))
     return exit_eval.flatten(out)
 
+  counted = cost.count(this.model, this.config.data.seq_len)
   with jax.set_mesh(this.mesh):
     numbers = unroll(source)
-    found = exit_eval.curves(numbers, target_depth)
+    found = exit_eval.curves(numbers, counted, target_depth)
     parts = {}
     for name, config in parts_of(this.config).items():
       with contextlib.suppress(BadInput):  # an easy difficulty may have no instance that is for validation
         parts[name] = unroll(data.make_source(config))
-  rule = found['best'].get('kl')
+  # Asked after every iteration, or who leaves where would show the interval.
+  each = {'kl': [row for row in found['criteria']['kl'] if row['every'] == 1]}
+  rule = exit_eval.recommend(each, found['full']).get('kl')
   if rule:
     kinds = kinds_of_tokens(data.make_tokenizer(this.config.data), numbers['targets_X'])
     groups = parts or {kind: exit_eval.only(numbers, kinds == kind) for kind in sorted(set(kinds))}
-    found['groups'] = {name: exit_eval.histogram(one, 'kl', rule['threshold']) for name, one in groups.items()}
+    groups = {name: exit_eval.histogram(one, 'kl', rule) for name, one in groups.items()}
+    found['groups'] = {'exit': exit_eval.as_flag('kl', rule), 'of': groups}
   path = workdir / 'exits.json'
   storage.write(path, json.dumps({'step': this.step, **found}, indent=1) + '\n')
   return path, found
@@ -58,7 +63,7 @@ def parts_of(config: Config) -> dict[str, Config]:
     difficulties = range(config.data.min_difficulty, config.data.max_difficulty + 1)
     return {f'difficulty {d}': of(min_difficulty=d, max_difficulty=d) for d in difficulties}
   paths = config.data.paths if len(config.data.paths) > 1 else ()
-  return {path: of(paths=(path,), weights=()) for path in paths}
+  return {path: of(paths=(path,), weights=(), weight_changes=()) for path in paths}
 
 
 def kinds_of_tokens(tokenizer: Tokenizer, tokens_X: np.ndarray) -> np.ndarray:

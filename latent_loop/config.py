@@ -4,6 +4,7 @@ A config validates itself when it is made and never changes; derived values are 
 one, and how it is sealed again, is in sealing.py.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -104,14 +105,16 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights,
-  packing; parquet reads paths, weights, column, bos, tokenizer; chat reads paths, weights, packing, tokenizer.
+  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights
+  (and their changes), packing; parquet paths, weights, column, bos, tokenizer; chat paths, weights, packing, tokenizer.
   """
 
   source: str = 'embedded_text'
   seq_len: int = 256
   paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; parquet or .jsonl files, globs, folders
   weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
+  weight_changes: tuple[tuple[float, ...], ...] = ()  # each: share of the steps from which it holds, then new weights;
+  # training alone: validation keeps the first ones, so that its losses can be compared
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
   read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
   column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
@@ -141,10 +144,46 @@ class DataConfig:
       f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with the sources '
       f'{", ".join(_ON_DISK)} only',
     )
+    self._check_weights()
+
+  def _check_weights(self) -> None:
+    weights, changes, count = self.weights, self.weight_changes, len(self.paths)
     _require(
-      not self.weights or (len(self.weights) == len(self.paths) and min(self.weights) > 0),
-      f'config.data.weights={self.weights}: not a positive number for each of the {len(self.paths)} paths',
+      not weights or (len(weights) == count and min(weights) >= 0 and sum(weights) > 0),
+      f'config.data.weights={weights}: not a number, 0 or more and not all 0, for each of the {count} paths',
     )
+    _require(
+      not changes or count > 1,
+      f'config.data.weight_changes={changes}: the number of config.data.paths is {count}, and weights are of several',
+    )
+    for one in changes:
+      _require(
+        len(one) == 1 + count and min(one[1:]) >= 0 and sum(one[1:]) > 0,
+        f'config.data.weight_changes: {one} is not the share of the steps from which it holds, then a weight for each '
+        f'of the {count} paths, 0 or more and not all 0',
+      )
+    begins = [0.0, *(one[0] for one in changes), 1.0]
+    _require(
+      all(a < b for a, b in itertools.pairwise(begins)),
+      f'config.data.weight_changes begin at {begins[1:-1]} of the steps; give increasing shares between 0 and 1',
+    )
+    never = [
+      path for i, path in enumerate(self.paths) if weights and not any((weights[i], *(c[1 + i] for c in changes)))
+    ]
+    _require(
+      not never,
+      f'config.data.weights={weights}: {", ".join(never)} would never be read; give it a positive number, there or in '
+      'config.data.weight_changes, or leave out the path',
+    )
+
+  @property
+  def all_weights(self) -> tuple:
+    """weights and their changes: what the fingerprint of a source knows of them."""
+    return (*self.weights, *self.weight_changes)
+
+  def changes_of(self, num_steps: int) -> list[tuple[int, tuple[float, ...]]]:
+    """(the step from which they hold, the weights) of every change, in a run of num_steps."""
+    return [(round(share * num_steps), tuple(weights)) for share, *weights in self.weight_changes]
 
 
 @dataclass(frozen=True)
@@ -294,11 +333,13 @@ class GuardConfig:
   max_contraction: float = 1.0  # factor on the residual per iteration past the mean depth
   max_loss: float | None = None  # nats per token, of logged steps ...
   max_loss_after_tokens: int = 0  # ... once so many tokens are seen
+  rollback: int = 0  # instead of exit code 11: so often return to the last good step, skipping the batches since
 
   def __post_init__(self):
     for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
       value = vars(self)[name]
       _require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
+    _require(self.rollback >= 0, f'config.guard.rollback={self.rollback} is below 0; 0 = off')
     for name in ('startup_secs', 'patience_secs', 'max_token_correlation', 'max_contraction', 'max_loss'):
       value = vars(self)[name]
       _require(value is None or value > 0, f'config.guard.{name}={value} must be positive')
@@ -334,6 +375,12 @@ class Config:
   guard: GuardConfig = field(default_factory=GuardConfig)
 
   def __post_init__(self):
+    begins = [0, *(step for step, _ in self.data.changes_of(self.train.num_steps)), self.train.num_steps]
+    _require(
+      all(a < b for a, b in itertools.pairwise(begins)),
+      f'config.data.weight_changes: of config.train.num_steps={self.train.num_steps} they would begin at steps '
+      f'{begins[1:-1]}, and each needs a step of its own; move them, or train longer',
+    )
     chunk, seq_len = self.train.loss_chunk, self.data.seq_len
     _require(
       seq_len % min(chunk, seq_len) == 0,

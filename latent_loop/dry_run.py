@@ -3,7 +3,7 @@
 import dataclasses
 
 from latent_loop import data
-from latent_loop.config import Config
+from latent_loop.config import Config, DataConfig
 from latent_loop.evals.depth import default_depths
 from latent_loop.model import build, cost, depth
 from latent_loop.sealing import fingerprint, to_json
@@ -19,6 +19,7 @@ def describe(config: Config) -> str:
   flops = [f'  depth {r:<5}{counts.forward(r) / 1e9:12.4f}' for r in default_depths(config.depth.mean)]
   model, again = counts.train(n, k), counts.recompute(k)
   tokens = config.train.batch_size * config.data.seq_len
+  mixture = _mixture(config.data, config.train.num_steps) if len(config.data.paths) > 1 else []
   mesh = ', '.join(
     f'{axis}={"the rest" if size == -1 else size}' for axis, size in dataclasses.asdict(config.mesh).items()
   )
@@ -41,5 +42,16 @@ def describe(config: Config) -> str:
       '',
       f'mesh as asked: {mesh}',
       f'tokens per step {tokens:,}; in all {tokens * config.train.num_steps:,} over {config.train.num_steps:,} steps',
+      *mixture,
     ]
   )
+
+
+def _mixture(cfg: DataConfig, num_steps: int) -> list[str]:
+  """The shares of several paths, and when they change."""
+  out = ['mixture, shares of the rows:']
+  for step, weights in [(0, cfg.weights), *cfg.changes_of(num_steps)]:
+    total = sum(weights)
+    shares = ', '.join(f'{weight / total:.2%} {path}' for weight, path in zip(weights, cfg.paths, strict=False))
+    out.append(f'  from step {step:<9,} {shares or "of each path as many as it has"}')
+  return out

@@ -1,7 +1,7 @@
 """The exit codes of every program, with the table in launch/README.md: what a script may rely on."""
 
 DONE = 0
-BUG = 1  # ours: a traceback
+BUG = 1  # ours: a traceback; or standard output lost its reader
 BAD_INPUT = 2  # a sentence says what to correct
 PREEMPTED = 10  # stopped by a signal or a time limit, saved
 NON_FINITE = 11  # diverged or collapsed: the same command would come here again

@@ -11,7 +11,7 @@ import jax
 
 from latent_loop import data, trained
 from latent_loop.checkpoint import Checkpoints
-from latent_loop.config import Config, GuardConfig
+from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
 from latent_loop.evals import depth as depth_eval
 from latent_loop.exit_codes import DONE, NON_FINITE, PREEMPTED
@@ -27,7 +27,8 @@ from latent_loop.progress import Logger, Profiler, say
 from latent_loop.sealing import fingerprint
 from latent_loop.step import TrainState, make_sharded_state, make_train_step
 from latent_loop.storage import Path
-from latent_loop.trust import alarms, diagnosis, guards
+from latent_loop.trust import alarms, diagnosis, guards, rollback
+from latent_loop.trust.rollback import Rollback, Trouble
 from latent_loop.trust.watchdog import Watchdog
 from latent_loop.workdir import open_workdir, update_config
 
@@ -57,7 +58,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   began = time.perf_counter()
   mesh = meshes.make_mesh(config.mesh)
   check_what_is_here(config, mesh)
-  source, batches, data_fingerprint = open_data(config, mesh)
+  source, batches, data_fingerprint = open_data(config, mesh, workdir)
   model = build(config.model, config.depth)
   optimizer = make_optimizer(config.optim, config.train.num_steps)
   init, specs = make_sharded_state(config, model, optimizer, mesh)
@@ -90,12 +91,14 @@ def check_what_is_here(config: Config, mesh: Any) -> None:
   choose_attention(config.model, config.data.seq_len, jax.default_backend())
 
 
-def open_data(config: Config, mesh: Any) -> tuple[data.Source, Batches, str]:
+def open_data(config: Config, mesh: Any, workdir: Path) -> tuple[data.Source, Batches, str]:
   """(the source, its training batches, of each of which this process builds its own rows, what both must stay)."""
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)
+  changes = config.data.changes_of(config.train.num_steps)
   rows, threads = source.rows('train'), config.data.read_threads
-  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads)
+  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads, changes)
+  batches.rollbacks = rollback.read(workdir)
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 
 
@@ -120,7 +123,7 @@ def run(
     with attended(this, watch, group, profile_steps) as (logger, profiler), StopRequest(deadline) as stop:
       if (code := make_up_for_an_evaluation(this, logger, watch)) is not None:
         return code
-      for step in range(this.start, config.train.num_steps):
+      while (step := this.start) < config.train.num_steps:
         profiler.before(step)
         watch.phase('data')
         batch = this.batches.batch(step)
@@ -129,7 +132,7 @@ def run(
         watch.phase('device')
         logger.take(step + 1, metrics, wait_secs)
         watch.phase('peers')
-        if (code := after_step(this, step + 1, logger, watch, group.agree(step, stop.requested()))) is not None:
+        if (code := after_step(this, step + 1, logger, watch, group.agree(stop.requested()))) is not None:
           return code
     watch.phase('report')
     finish(this)
@@ -149,6 +152,7 @@ def attended(this: Run, watch: Watchdog, group: Group | Alone, profile_steps: tu
 
 def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: bool) -> int | None:
   """Saves and evaluates when it is time, with `step` steps done; an exit code when the run ends here."""
+  this.start = step
   last = step == this.config.train.num_steps
   saving = stopping or last or step % this.config.checkpoint.every_steps == 0
   watch.phase('device')
@@ -159,8 +163,7 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   faults = guards.not_finite(this.state) if saving or logger.failed else []
   if logger.failed or faults:
     watch.phase('diagnosis')
-    say(why_it_ends(this, step, logger.failed, faults))
-    return NON_FINITE
+    return end_or_go_back(this, why_it_ends(this, step, logger.failed, faults), logger, watch)
   if saving:
     save(this, step)
   if stopping and not last:
@@ -170,7 +173,7 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
   if step % this.config.eval.every_steps == 0 and not last:
     logger.flush()
     evaluate_on_the_way(this, step, logger, watch)
-  return alarmed(this.config.guard, logger)
+  return alarmed(this, logger, watch)
 
 
 def make_up_for_an_evaluation(this: Run, logger: Logger, watch: Watchdog) -> int | None:
@@ -179,38 +182,85 @@ def make_up_for_an_evaluation(this: Run, logger: Logger, watch: Watchdog) -> int
   if not due or any(numbers['step'] == this.start for numbers in this.evaluations):
     return None
   evaluate_on_the_way(this, this.start, logger, watch)
-  return alarmed(this.config.guard, logger)
+  return alarmed(this, logger, watch)
 
 
 def evaluate_on_the_way(this: Run, step: int, logger: Logger, watch: Watchdog) -> None:
   watch.phase('evaluate')
   this.evaluations.append(evaluate(this, step))
   logger.restart_clock()
-  logger.alarms += alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len)
+  for sentence in alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len):
+    first = this.evaluations[-this.config.guard.alarm_patience]['step']
+    logger.alarms.append(Trouble(first, step, sentence))
 
 
-def alarmed(cfg: GuardConfig, logger: Logger) -> int | None:
+def alarmed(this: Run, logger: Logger, watch: Watchdog) -> int | None:
   """Says every new alarm once; the exit code when alarms stop the run."""
-  for sentence in logger.alarms:
-    say(sentence if cfg.on_alarm == 'stop' else f'warning: {sentence}')
-  stop, logger.alarms = bool(logger.alarms) and cfg.on_alarm == 'stop', []
-  return NON_FINITE if stop else None
+  found, logger.alarms = logger.alarms, []
+  if found and this.config.guard.on_alarm == 'stop':
+    first, last = min(alarm.first for alarm in found), max(alarm.last for alarm in found)
+    return end_or_go_back(this, Trouble(first, last, '\n'.join(a.sentence for a in found)), logger, watch)
+  for alarm in found:
+    say(f'warning: {alarm.sentence}')
+  return None
 
 
-def why_it_ends(this: Run, step: int, failed: dict[str, Any] | None, faults: list[str]) -> str:
-  """The sentence on a run that is not finite. faults: arrays of the train state that hold a value that is not."""
-  advice = 'The same command would come here again: lower config.optim.learning_rate in a new --workdir'
+def end_or_go_back(this: Run, trouble: Trouble, logger: Logger, watch: Watchdog) -> int | None:
+  """The exit code; None where the run went back to a step before the trouble, from which it goes on."""
+  if len(this.batches.rollbacks) >= this.config.guard.rollback:
+    say(f'{trouble.sentence}{trouble.advice}')
+    return NON_FINITE
+  say(trouble.sentence)
+  watch.phase('roll back')
+  step = this.checkpoints.go_back(trouble.first - 1)
+  if step is None:
+    say(f'no step before {trouble.first} is kept that config.guard.rollback could return to.{trouble.advice}')
+    return NON_FINITE
+  # Killed up to here, the run comes here again: from the same step, by the same batches. From here on it reads others.
+  before = this.batches.rollbacks
+  new = Rollback(step, rollback.place(trouble.last, before), trouble.sentence)
+  this.batches.rollbacks = (*before, new)
+  if jax.process_index() == 0:
+    rollback.write(this.workdir, this.batches.rollbacks)
+  say(
+    f'returning to step {step}, roll-back {len(before) + 1} of {this.config.guard.rollback}; the data goes on at batch '
+    f'{new.batch} of its stream, {new.batch - rollback.place(step, before)} batches are skipped'
+  )
+  restore_again(this)
+  logger.go_back(this.start)
+  return None
+
+
+def restore_again(this: Run) -> None:
+  """The newest step that there is now, and no more numbers than it has."""
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), this.state)
+  specs = jax.tree.map(lambda x: x.sharding, this.state)
+  this.state = None  # there may be no room for two
+  this.start, this.state = this.checkpoints.restore_newest(shapes, specs, this.fingerprint)
+  this.evaluations = [numbers for numbers in this.evaluations if numbers['step'] <= this.start]
+  if jax.process_index() == 0:
+    JsonLines(this.workdir / 'evals.jsonl', keep_through=this.start).close()
+
+
+def why_it_ends(this: Run, step: int, failed: dict[str, Any] | None, faults: list[str]) -> Trouble:
+  """About a run that is not finite. faults: arrays of the train state that hold a value that is not."""
+  advice = ' The same command would come here again: lower config.optim.learning_rate in a new --workdir'
+  if failed:
+    step = failed['step']
+    first = step - max(failed['skipped_in_row'], 1) + 1
   if faults:
     names = ', '.join(faults[:3]) + (f' and {len(faults) - 3} more' if len(faults) > 3 else '')
-    return f'step {step}: the train state is not finite in {names}; it was not saved. {advice}'
-  step, n, k = failed['step'], failed['n'], failed['k']
+    sentence = f'step {step}: the train state is not finite in {names}; it was not saved.'
+    return Trouble(first if failed else step, step, sentence, advice)
+  n, k = failed['n'], failed['k']
   batch = trained.place(this.batches.batch(step - 1), this.mesh)
   place = diagnosis.first_place(this.config, this.model, this.mesh, this.state.params, batch, step - 1, n + k)
-  return (
+  sentence = (
     f'step {step}: loss {failed["loss"]} and gradient norm {failed["grad_norm"]} at depth {n}+{k}, batch '
     f'{this.batches.hash(step - 1)}, the {failed["skipped_in_row"]}. update in a row that was skipped; the first value '
-    f'that is not finite is in {place}. Nothing of it was saved. {advice}'
+    f'that is not finite is in {place}. Nothing of it was saved.'
   )
+  return Trouble(first, step, sentence, advice)
 
 
 def finished_before(this: Run) -> bool:

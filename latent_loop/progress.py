@@ -17,6 +17,7 @@ from latent_loop.parallel.group import Alone, Group
 from latent_loop.sealing import fingerprint
 from latent_loop.storage import Path
 from latent_loop.trust import alarms
+from latent_loop.trust.rollback import Trouble
 from latent_loop.trust.watchdog import Watchdog
 
 
@@ -47,10 +48,10 @@ class Profiler:
 
   def before(self, step: int) -> None:
     """Starts or stops the trace ahead of `step`."""
-    if self._steps and step == self._steps[0]:
+    if self._steps and step == self._steps[0] and not self._tracing:  # a run may roll back to it
       jax.profiler.start_trace(str(self._folder))
       self._tracing = True
-    elif self._steps and step == self._steps[1]:
+    elif self._steps and step == self._steps[1] and self._tracing:
       self._stop()
 
   def _stop(self) -> None:
@@ -83,11 +84,12 @@ class Logger:
   ):
     """start: the step to do next. began: time.perf_counter() at the start of the program's work."""
     self._config, self._batches, self._began, self._watch, self._group = config, batches, began, watch, group
+    self._workdir = workdir
     self._cost = cost.count(model, config.data.seq_len)
     self._writers = make_writers(config.log, workdir, start) if jax.process_index() == 0 else []
     self._pending: tuple | None = None
     self.failed: dict[str, Any] | None = None  # the numbers of the step that must be the last
-    self.alarms: list[str] = []  # sentences that nobody has said yet
+    self.alarms: list[Trouble] = []  # that nobody has said yet
     self._first = True
     self.restart_clock()
     self._peak = chips.peak_flops(jax.devices())
@@ -126,6 +128,14 @@ class Logger:
       say(f'first step done {time.perf_counter() - self._began:.1f} s after the start, compiling included')
     self._first = False
 
+  def go_back(self, step: int) -> None:
+    """Forgets what came after `step`, in the files as well: the run does it again."""
+    self._pending, self.failed, self.alarms = None, None, []
+    for writer in self._writers:
+      writer.close()
+    self._writers = make_writers(self._config.log, self._workdir, step) if self._writers else []
+    self.restart_clock()
+
   def sync(self) -> None:
     """Returns when all lines that were logged are where others read them."""
     for writer in self._writers:
@@ -148,7 +158,7 @@ class Logger:
     secs = time.perf_counter() - self._since
     tokens = config.train.batch_size * config.data.seq_len
     alarm = alarms.loss_too_high(step, step * tokens, values['loss'], config.guard)
-    self.alarms += [alarm] if alarm else []
+    self.alarms += [Trouble(step, step, alarm)] if alarm else []
     values['tokens_per_second'] = self._steps * tokens / secs
     values['data_wait_seconds'] = self._wait_secs / self._steps
     values['slow_steps'] = self._watch.slow_steps

@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
@@ -128,11 +129,22 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
 
 
+def write_experiment(config: Config, path: Path) -> Path:
+  """An experiment file of `config`, for the --config of a process of its own."""
+  path.write_text(
+    'from latent_loop.sealing import from_json, view\n\n\n'
+    f'def get_config():\n  return view(from_json({to_json(config)!r}, {str(path)!r}))\n'
+  )
+  return path
+
+
 def from_json(text: str, path: str) -> Config:
   """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
   try:
     values = json.loads(text)
     _require(isinstance(values, dict), 'not a JSON object')
+    if isinstance(values.get('data'), dict):
+      values['data'].setdefault('weight_changes', [])  # an older version wrote none, and knew none
     return seal(values)
   except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(

@@ -1,43 +1,24 @@
-"""A grid of small runs under a budget of training FLOPs, and the power law that their losses follow.
-
-The depth of every step is a pure function of the config, so what a run costs is known exactly before it starts.
-"""
+"""A grid of small runs under a budget of training FLOPs, and the power law that their losses follow."""
 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_loop import loop
 from latent_loop.config import Config, ModelConfig
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE
-from latent_loop.model import build, cost, depth
+from latent_loop.price import Priced, price
 from latent_loop.storage import Path, write
 
 _RESAMPLES = 1000
 _LAW = ('parameters', 'tokens', 'mean_depth')  # what the loss is a power of
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One run of the grid."""
-
-  config: Config
-  tokens: int  # that it trains on
-  parameters: int
-  flops: float  # of training, forward and backward, at the depths that its steps draw; without recomputation
-
-  @property
-  def name(self) -> str:
-    return f'w{self.config.model.width}_d{self.config.depth.mean}_s{self.config.train.num_steps}'
-
-
-def grid(base: Config, widths: Sequence[int], mean_depths: Sequence[int], tokens: Sequence[int]) -> list[Cell]:
+def grid(base: Config, widths: Sequence[int], mean_depths: Sequence[int], tokens: Sequence[int]) -> list[Priced]:
   """Every combination, cheapest first; empty = what `base` has. Raises BadInput for one that is no config."""
   per_step = base.train.batch_size * base.data.seq_len
   cells = {}
@@ -53,7 +34,7 @@ def grid(base: Config, widths: Sequence[int], mean_depths: Sequence[int], tokens
           train=dataclasses.replace(base.train, num_steps=round(count / per_step)),
         )
         config = dataclasses.replace(config, name=f'{base.name}_w{width}_d{mean}_s{config.train.num_steps}')
-        cells[config.name] = _priced(config)
+        cells[config.name] = price(config)
   return sorted(cells.values(), key=lambda cell: cell.flops)
 
 
@@ -65,21 +46,12 @@ def _as_wide(model: ModelConfig, width: int) -> ModelConfig:
   return dataclasses.replace(model, width=width, num_heads=heads, mlp_dim=mlp)
 
 
-def _priced(config: Config) -> Cell:
-  counts = cost.count(build(config.model, config.depth), config.data.seq_len)
-  n, k = np.asarray(_drawn_depths(config), np.float64)
-  per_step = config.train.batch_size * config.data.seq_len
-  flops = per_step * sum(counts.train(a, b) for a, b in zip(n.tolist(), k.tolist(), strict=True))
-  return Cell(config, per_step * config.train.num_steps, counts.total_parameters, flops)
+def name_of(cell: Priced) -> str:
+  """Of the run's folder."""
+  return f'w{cell.config.model.width}_d{cell.config.depth.mean}_s{cell.config.train.num_steps}'
 
 
-def _drawn_depths(config: Config) -> tuple[jax.Array, jax.Array]:
-  """(n, k) of every step of a run, [num_steps] each: those that its training step draws."""
-  draw = lambda step: depth.draw(config.depth, jax.random.key(config.seed), step)
-  return jax.jit(jax.vmap(draw))(jnp.arange(config.train.num_steps))
-
-
-def within(cells: Sequence[Cell], budget: float) -> tuple[list[Cell], list[Cell]]:
+def within(cells: Sequence[Priced], budget: float) -> tuple[list[Priced], list[Priced]]:
   """(the cells to run, those left out): cheapest first, as long as the sum of their FLOPs keeps to the budget."""
   spent = np.cumsum([cell.flops for cell in cells])
   fit = int(np.searchsorted(spent, budget, side='right'))
@@ -88,20 +60,20 @@ def within(cells: Sequence[Cell], budget: float) -> tuple[list[Cell], list[Cell]
   return list(cells[:fit]), list(cells[fit:])
 
 
-def run(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[Cell, int, dict[str, Any]]]:
+def run(cells: Sequence[Priced], workdir: Path) -> Iterator[tuple[Priced, int, dict[str, Any]]]:
   """(cell, exit code, result) of each; a run that is finished is not run again, one that was cut off goes on.
 
   Ends after the first that is not DONE, whose result is empty.
   """
   for cell in cells:
-    place = workdir / cell.name
+    place = workdir / name_of(cell)
     code = loop.run(cell.config, place)
     yield cell, code, _result(cell, place) if code == DONE else {}
     if code != DONE:
       return
 
 
-def _result(cell: Cell, place: Path) -> dict[str, Any]:
+def _result(cell: Priced, place: Path) -> dict[str, Any]:
   report = json.loads((place / 'depth_report.json').read_text())
   by_depth = report['loss_by_depth']
   return {

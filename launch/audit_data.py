@@ -1,8 +1,9 @@
 """Proves what training reads: python -m launch.audit_data --config=experiments/small_text.py
 
 Replays the order of the data, reading no token: every document of every epoch exactly once, for several numbers of
-hosts, and for a run that is resumed by more of them; the mixture; tokens lost to packing. With --workdir, instead of
---config, it also compares with the batches that run recorded. Exit code 0 only when all holds.
+hosts, and for a run that is resumed by more of them; the mixture; tokens lost to packing. Where its weights
+change, it replays the steps of the run, not --epochs. With --workdir, instead of --config, it also compares with the
+batches that run recorded. Exit code 0 only when all holds.
 """
 
 import os

@@ -4,6 +4,8 @@ exits: what each rule for stopping early saves and costs, up to one depth, and a
 difficulty of a task or each folder of a mixture leave: ... exits --workdir=runs/tiny_text [--target_depth=4]
 """
 
+import math
+
 from absl import flags
 
 from launch import program
@@ -12,7 +14,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _DEPTHS = flags.DEFINE_multi_integer(
   'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
 )
-_TARGET = flags.DEFINE_float('target_depth', None, 'exits: also the thresholds that keep to this mean depth', 1)
+_TARGET = flags.DEFINE_float('target_depth', None, 'exits: also the rules that keep to this mean depth', 1)
 
 
 def main(verb: str) -> int:
@@ -48,6 +50,8 @@ def _by_exit_rule(workdir, model, source) -> int:
   from latent_loop.evals import exits as exit_eval
 
   depths = depth_eval.check_depths(tuple(_DEPTHS.value or [model.config.depth.mean]))
+  if _TARGET.value is not None and not math.isfinite(_TARGET.value):
+    raise BadInput(f'--target_depth={_TARGET.value}: not a depth; give a number from 1')
   if len(depths) > 1:
     raise BadInput(f'--depths={list(depths)}: exits are counted up to one depth; give one')
   path, numbers = calibration.write_exits(model, workdir, source, depths[0], _TARGET.value)

@@ -94,12 +94,12 @@ def _prompts() -> list[str]:
   if not path.is_file():
     raise BadInput(f'--prompts={path}: no such file; give a text file with one prompt per line')
   try:
-    prompts = path.read_text(encoding='utf-8').splitlines()
+    text = path.read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as error:
     raise BadInput(f'--prompts={path}: cannot be read as UTF-8 text ({error}); correct the file') from error
-  if not prompts:
+  if not text:
     raise BadInput(f'--prompts={path}: an empty file; the rule is one prompt per line, write one')
-  return prompts
+  return text.removesuffix('\n').split('\n')  # other characters that end a line, as U+2028, belong to a prompt
 
 
 def _way() -> dict:

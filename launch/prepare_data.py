@@ -1,7 +1,8 @@
 """Prepares text for training: python -m launch.prepare_data --input='docs/**/*.jsonl' --output=data/docs
 
-Reads .txt, .md, source files, .jsonl (.gz, .zst) and .parquet; --input may be repeated, and a folder stands for the
-text and source files under it. Killed or stopped, start it again: it goes on where it was.
+Reads .txt, .md, source files, .jsonl (.gz, .zst), .parquet and .arrow; --input may be repeated, and a folder stands for
+the text and source files under it, or is one that save_to_disk of Hugging Face's `datasets` wrote. A column of ready
+token ids is taken as it is: --text_key=input_ids. Killed or stopped, start it again: it goes on where it was.
 With --runner a Beam runner does the work, on machines that all see the input and the output folder. Beam needs an
 environment of its own: bash launch/beam.sh --runner=DirectRunner ...
 Train on the output with config.data.source='prepared'.
@@ -18,7 +19,9 @@ from launch import program
 _INPUT = flags.DEFINE_multi_string('input', None, 'glob, file or folder to read; repeat for more')
 _TOKENIZER = flags.DEFINE_string('tokenizer', 'bytes', 'bytes, or the path of a tokenizer.json')
 _OUTPUT = flags.DEFINE_string('output', None, 'folder to write')
-_TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the key of .jsonl, or column of .parquet, that holds the text')
+_TEXT_KEY = flags.DEFINE_string(
+  'text_key', 'text', 'the key of .jsonl, or column of .parquet and .arrow, of text or token ids'
+)
 _INVALID_UTF8 = flags.DEFINE_enum(
   'invalid_utf8', 'error', ['error', 'drop'], 'what to do with a document that is not UTF-8: stop, or leave it out'
 )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,11 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   """Parses flags and ends the process with the exit code of main(), or of main(verb) for a program with verbs.
 
   Bad flags, config keys and BadInput: a sentence and code 2; SaveFailed: a sentence and 13; an object store that
-  fails: one of the two. Anything else unforeseen: a traceback and 1.
+  fails: one of the two. A reader of standard output that leaves early, as head does: a sentence and 1. Anything else
+  unforeseen: a traceback and 1.
   """
+  if sys.stdout is None:  # closed by whoever started this
+    sys.stdout = open(os.devnull, 'w')
   sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
   app.run(lambda argv: _end(*_guard(lambda: main(*_verb(argv[1:], verbs)))), flags_parser=_parse)
 
@@ -82,7 +86,9 @@ def _guard(main: Callable[[], int]) -> tuple[int, str]:
   from latent_loop.errors import BadInput, SaveFailed, StoreFault
 
   try:
-    return main(), ''
+    code = main()
+    sys.stdout.flush()
+    return code, ''
   except BadInput as error:
     return BAD_INPUT, f'error: {_printable(error)}'
   except StoreFault as error:
@@ -91,9 +97,21 @@ def _guard(main: Callable[[], int]) -> tuple[int, str]:
   except SaveFailed as error:
     return SAVE_FAILED, f'error: {_printable(error)}'
   except Exception as error:  # the one place: an unforeseen error must still leave with its own exit code
+    if isinstance(error, BrokenPipeError) and _reader_left():
+      return BUG, 'error: what reads the output left before its end; what this program writes to files may be missing'
     if _out_of_memory(error):
       return BAD_INPUT, f'error: out of memory ({_one_line(error)[:300]}); {_SMALLER}'
     return BUG, traceback.format_exc()
+
+
+def _reader_left() -> bool:
+  """Whether nobody reads standard output any more; what is still to be written there goes nowhere then."""
+  out = select.poll()
+  out.register(sys.stdout.fileno(), 0)
+  left = any(event & select.POLLERR for _, event in out.poll(0))
+  if left:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return left
 
 
 def _out_of_memory(error: Exception) -> bool:

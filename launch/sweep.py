@@ -27,9 +27,9 @@ def main() -> int:
   budget = float('inf') if _MAX_FLOPS.value is None else _MAX_FLOPS.value
   cells, left_out = sweep.within(cells, budget)
   for cell in cells:
-    print(f'{cell.name}: {cell.parameters:,} parameters, {cell.tokens:,} tokens, {cell.flops:.4g} FLOPs')
+    print(f'{sweep.name_of(cell)}: {cell.parameters:,} parameters, {cell.tokens:,} tokens, {cell.flops:.4g} FLOPs')
   for cell in left_out:
-    print(f'{cell.name}: left out, {cell.flops:.4g} FLOPs would pass --max_flops={budget:.4g}')
+    print(f'{sweep.name_of(cell)}: left out, {cell.flops:.4g} FLOPs would pass --max_flops={budget:.4g}')
   if _DRY_RUN.value:
     return DONE
   workdir, results = program.workdir_of(_WORKDIR.value), []
@@ -37,7 +37,7 @@ def main() -> int:
     if code != DONE:
       return code
     results.append(result)
-    print(f'{cell.name}: done, {len(results)} of {len(cells)}', flush=True)
+    print(f'{sweep.name_of(cell)}: done, {len(results)} of {len(cells)}', flush=True)
   law = sweep.fit(results)
   path = sweep.save(workdir, results, law)
   print('\n'.join(sweep.table(results, law)))

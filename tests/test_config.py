@@ -44,6 +44,7 @@ def test_view_and_seal_are_inverse():
     ('train.num_microbatches', 3, 'does not divide'),
     ('train.loss_chunk', 100, 'does not divide config.data.seq_len'),
     ('mesh.fsdp', 0, 'config.mesh'),
+    ('data.weight_changes', [[0.5, 1]], 'the number of config.data.paths is 0'),
     ('seed', -1, 'config.seed=-1'),
   ],
 )
@@ -87,6 +88,34 @@ def test_optional_fields_take_none_and_numbers():
 def test_differences_name_the_fields():
   new = dataclasses.replace(Config(), seed=3)
   assert differences(Config(), new) == {'seed': (0, 3)}
+
+
+def test_a_config_that_was_sealed_before_weights_could_change_is_read():
+  values = json.loads(to_json(Config()))
+  del values['data']['weight_changes']
+  assert from_json(json.dumps(values), 'x') == Config()
+
+
+@pytest.mark.parametrize(
+  'changes,words',
+  [
+    (((0.5, 1.0),), '(0.5, 1.0) is not the share'),
+    (((0.5, 0.0, 0.0),), 'not all 0'),
+    (((0.5, -1.0, 2.0),), '0 or more'),
+    (((0.6, 1.0, 1.0), (0.5, 1.0, 2.0)), 'begin at [0.6, 0.5] of the steps; give increasing shares'),
+    (((1.0, 1.0, 1.0),), 'begin at [1.0]'),
+    (((0.5, 3.0, 0.0),), 'b would never be read'),
+    (((0.5, 1.0, 1.0), (0.5001, 2.0, 1.0)), 'begin at steps [5, 5], and each needs a step of its own'),
+    (((0.01, 1.0, 1.0),), 'begin at steps [0]'),
+  ],
+)
+def test_changes_of_weights_that_cannot_be_are_refused(changes, words):
+  values = json.loads(to_json(Config()))
+  values['train']['num_steps'] = 10
+  values['data'].update(source='prepared', paths=['a', 'b'], weights=[1, 0], weight_changes=changes)
+  with pytest.raises(BadInput) as error:
+    seal(values)
+  assert 'config.data.weight' in str(error.value) and words in str(error.value)
 
 
 @pytest.mark.parametrize('name', EXPERIMENTS)

@@ -1,5 +1,6 @@
 """Guards: what is not finite is skipped, counted, named and never saved."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,12 +16,15 @@ import pytest
 from latent_loop import loop
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.data.pipeline import Batches
-from latent_loop.exit_codes import NON_FINITE, PREEMPTED
+from latent_loop.errors import BadInput
+from latent_loop.exit_codes import DONE, NON_FINITE, PREEMPTED
+from latent_loop.metrics import JsonLines, read_lines
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
 from latent_loop.step import make_sharded_state, make_train_step
 from latent_loop.trained import place
-from latent_loop.trust import diagnosis, guards
+from latent_loop.trust import diagnosis, guards, rollback
+from latent_loop.trust.rollback import Rollback
 from tests import tiny
 from tests.tiny import (
   assert_same_bits,
@@ -167,13 +171,17 @@ def test_the_first_place_that_is_not_finite_is_found(sizes):
 # --- a whole run ---------------------------------------------------------------------------------------
 
 
-def run(workdir: Path, monkeypatch, bad_batches=(), act=None, **more) -> int:
-  """loop.run with a NaN in the weights of `bad_batches`; act(step, state) -> the state that a step leaves."""
-  build_batch, make_mesh, (init, specs, step_once) = Batches.batch, loop.meshes.make_mesh, programs(ONE)
+def run(workdir: Path, monkeypatch, bad_batches=(), act=None, config=CONFIG, at=lambda step: step, **more) -> int:
+  """loop.run with a NaN in the weights of `bad_batches` of the stream; act(step, state) -> the state a step leaves.
+
+  at: which batch to take for that of a step.
+  """
+  build_batch, build_hash, make_mesh = Batches.batch, Batches.hash, loop.meshes.make_mesh
+  init, specs, step_once = programs(ONE)
 
   def batch(self, step):
-    made = build_batch(self, step)
-    if step in bad_batches:
+    made = build_batch(self, at(step))
+    if rollback.place(at(step), self.rollbacks) in bad_batches:
       made.weights_BT[0, 3] = np.nan
     return made
 
@@ -183,12 +191,14 @@ def run(workdir: Path, monkeypatch, bad_batches=(), act=None, **more) -> int:
     state = act(number, state) if act else state
     return state, {**metrics, 'param_norm': optax.tree.norm(state.params)}
 
-  monkeypatch.setattr(loop.meshes, 'make_mesh', lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-  monkeypatch.setattr(Batches, 'batch', batch)
-  monkeypatch.setattr(loop, 'make_sharded_state', lambda *_: (init, specs))
-  monkeypatch.setattr(loop, 'make_train_step', lambda *_: step)
-  monkeypatch.setattr(loop, 'finish', lambda this: None)
-  return loop.run(CONFIG, workdir, **more)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.meshes, 'make_mesh', lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    patch.setattr(Batches, 'batch', batch)
+    patch.setattr(Batches, 'hash', lambda self, step: build_hash(self, at(step)))
+    patch.setattr(loop, 'make_sharded_state', lambda *_: (init, specs))
+    patch.setattr(loop, 'make_train_step', lambda *_: step)
+    patch.setattr(loop, 'finish', lambda this: None)
+    return loop.run(config, workdir, **more)
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -196,7 +206,11 @@ def lines_of(workdir: Path) -> list[dict]:
 
 
 def saved(workdir: Path) -> list[int]:
-  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name != 'set_aside')
+
+
+def set_aside(workdir: Path) -> list[str]:
+  return sorted(path.name for path in (workdir / 'checkpoints' / 'set_aside').iterdir())
 
 
 def assert_finite_on_disk(workdir: Path) -> None:
@@ -249,3 +263,130 @@ def test_a_time_limit_saves_ahead_of_it(tmp_path, monkeypatch, capsys):
 def test_arrays_that_are_not_finite_are_named():
   tree = {'a': jnp.zeros(3), 'b': {'c': jnp.array([1.0, jnp.inf]), 'd': jnp.arange(2)}, 'e': jnp.float32(jnp.nan)}
   assert guards.not_finite(tree) == ['b/c', 'e']
+
+
+# --- roll-backs -------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+  """In the place of a SIGKILL: nothing of the loop catches it."""
+
+
+def kill(*args) -> None:
+  raise Killed
+
+
+def guarded(**values):
+  """CONFIG with other values of config.guard."""
+  return dataclasses.replace(CONFIG, guard=dataclasses.replace(CONFIG.guard, **values))
+
+
+def numbers_of(workdir: Path) -> list[dict]:
+  """What is logged and does not depend on the clock."""
+  return [
+    {k: v for k, v in line.items() if k not in ('tokens_per_second', 'data_wait_seconds')} for line in lines_of(workdir)
+  ]
+
+
+@pytest.fixture(scope='module')
+def without_the_window(tmp_path_factory):
+  """(logged numbers, last state) of a run whose stream lacks batches 4 to 7."""
+  with pytest.MonkeyPatch.context() as patch:
+    return rolled(tmp_path_factory.mktemp('reference') / 'run', patch, at=lambda step: step + 4 * (step >= 4))
+
+
+def rolled(workdir, monkeypatch, **more):
+  ends = {}
+  keep = lambda step, state: ends.update({step: state}) or state
+  assert run(workdir, monkeypatch, act=keep, **more) == DONE
+  return numbers_of(workdir), jax.device_get(ends[7])
+
+
+@pytest.mark.parametrize('killed', ['never', 'ahead of the record', 'behind the record', 'later'])
+def test_a_roll_back_is_a_run_over_a_stream_without_the_batches_that_went_wrong(
+  tmp_path, monkeypatch, capsys, without_the_window, killed
+):
+  """Batches 5, 6 and 7 are bad. Step 6 was saved between them, so the last good one is 4; steps 4, ... read 8, ..."""
+  folder, config = tmp_path / 'run', guarded(rollback=1)
+  with monkeypatch.context() as patch, contextlib.suppress(Killed):
+    if killed == 'ahead of the record':
+      patch.setattr(rollback, 'write', kill)
+    if killed == 'behind the record':
+      patch.setattr(loop, 'restore_again', kill)
+    later = lambda step, state: (
+      kill() if killed == 'later' and step == 7 and (folder / rollback.NAME).exists() else state
+    )
+    if killed != 'never':
+      run(folder, monkeypatch, bad_batches=(5, 6, 7), act=later, config=config)
+      pytest.fail('nobody killed it')
+  numbers, state = rolled(folder, monkeypatch, bad_batches=(5, 6, 7), config=config)
+  assert numbers == without_the_window[0]
+  assert_same_bits(state, without_the_window[1])
+  assert saved(folder) == [2, 4, 6, 8] and set_aside(folder)[0] == '6-0'
+  (back,) = rollback.read(folder)
+  assert (back.step, back.batch) == (4, 8) and 'step 8: loss nan' in back.reason
+  said = 'returning to step 4, roll-back 1 of 1; the data goes on at batch 8 of its stream, 4 batches are skipped'
+  assert said in capsys.readouterr().out
+
+
+def test_no_more_roll_backs_than_allowed(tmp_path, monkeypatch, capsys):
+  """Batches 9 to 11 are bad too, and meet the run that returned once; with one more allowed it gets past them."""
+  folder, bad = tmp_path / 'run', (5, 6, 7, 9, 10, 11)
+  assert run(folder, monkeypatch, bad_batches=bad, config=guarded(rollback=1)) == NON_FINITE
+  assert capsys.readouterr().out.count('Nothing of it was saved. The same command would come here again') == 1
+  assert run(folder, monkeypatch, bad_batches=bad, config=guarded(rollback=2)) == DONE
+  assert [(back.step, back.batch) for back in rollback.read(folder)] == [(4, 8), (4, 12)]
+  assert [line['skipped'] for line in lines_of(folder)] == [0] * 8
+  assert_finite_on_disk(folder)
+  early = tmp_path / 'early'
+  assert run(early, monkeypatch, bad_batches=(1, 2, 3), config=guarded(rollback=1)) == NON_FINITE
+  assert 'no step before 2 is kept that config.guard.rollback could return to. The same' in capsys.readouterr().out
+  assert not (early / rollback.NAME).exists() and saved(early) == [2]
+
+
+def test_an_alarm_that_stops_returns_to_ahead_of_its_patience(tmp_path, monkeypatch):
+  """The evaluations of steps 4 and 6 raise it: the last good step is 2, and what came later is evaluated again."""
+  folder, raised = tmp_path / 'run', []
+
+  def evaluate(this, step):
+    numbers = {'step': step, 'batch': this.batches.hash(step)}
+    evals = JsonLines(this.workdir / 'evals.jsonl', keep_through=99)
+    evals.write(step, numbers)
+    evals.close()
+    return numbers
+
+  def sentences(history, *args):
+    raised.append([numbers['step'] for numbers in history])
+    return ['collapse'] * (len(raised) == 3)
+
+  monkeypatch.setattr(loop, 'evaluate', evaluate)
+  monkeypatch.setattr(loop.alarms, 'sentences', sentences)
+  config = dataclasses.replace(
+    guarded(rollback=1, on_alarm='stop'), eval=dataclasses.replace(CONFIG.eval, every_steps=2)
+  )
+  assert run(folder, monkeypatch, config=config) == DONE
+  assert [(back.step, back.batch, back.reason) for back in rollback.read(folder)] == [(2, 6, 'collapse')]
+  assert raised == [[2], [2, 4], [2, 4, 6], [2, 4], [2, 4, 6]]
+  assert [line['step'] for line in read_lines(folder / 'evals.jsonl')] == [2, 4, 6]
+  assert set_aside(folder) == ['4-0', '6-0'] and [line['step'] for line in lines_of(folder)] == list(range(1, 9))
+
+
+def test_which_batch_a_step_reads_after_roll_backs():
+  """A later roll-back decides over earlier ones at its step and behind it; one in front of them undoes them."""
+  backs = [Rollback(4, 7, ''), Rollback(8, 13, ''), Rollback(8, 15, '')]
+  read = [rollback.place(step, backs) for step in range(10)]
+  assert read == [0, 1, 2, 3, 7, 8, 9, 10, 15, 16]
+  named = [batch for _, skipped in rollback.skipped(backs) for batch in skipped]
+  assert sorted(read + named) == list(range(17))
+  backs.append(Rollback(2, 20, ''))
+  assert [rollback.place(step, backs) for step in range(5)] == [0, 1, 20, 21, 22]
+  assert [(back.step, skipped) for back, skipped in rollback.skipped(backs)] == [(2, range(2, 20))]
+
+
+@pytest.mark.parametrize(
+  'text', ['[{"step": 4, "ba', '[{"step": 4}]', '[4]', '[{"step": 4, "batch": 4, "reason": ""}]']
+)
+def test_a_damaged_record_of_roll_backs_is_refused(tmp_path, text):
+  (tmp_path / rollback.NAME).write_text(text)
+  with pytest.raises(BadInput, match='rollbacks.json: truncated or altered'):
+    rollback.read(tmp_path)

@@ -18,12 +18,11 @@ from absl import flags
 
 from latent_loop import exit_codes, loop, trained
 from latent_loop.chaos import kill
-from latent_loop.chaos.small import write_experiment
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.errors import BadInput
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
-from latent_loop.sealing import from_json
+from latent_loop.sealing import from_json, write_experiment
 from latent_loop.step import make_sharded_state
 from launch import hosts
 from tests.tiny import leaves_by_path, mesh_of, random_batch, tiny_config, worst_relative
@@ -530,7 +529,7 @@ from latent_loop.parallel import processes
 from latent_loop.parallel.group import Seat
 me, port, ends, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 group = processes.join(Seat(f'127.0.0.1:{port}', 3, me), {}, 60)
-group.agree(0, False)
+group.agree(False)
 if me == ends and how == 137:
   os.kill(os.getpid(), signal.SIGKILL)
 if me == ends:

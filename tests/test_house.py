@@ -13,7 +13,7 @@ from tests import reading_path
 from tests.reading_path import ROOT
 
 PACKAGE = sorted((ROOT / 'latent_loop').rglob('*.py'))
-CODE = PACKAGE + sorted((ROOT / 'launch').glob('*.py')) + sorted((ROOT / 'experiments').glob('*.py'))
+CODE = PACKAGE + sorted((ROOT / 'launch').glob('*.py')) + sorted((ROOT / 'experiments').rglob('*.py'))
 WORKSPACE = (ROOT / 'WORKSPACE.md').read_text()
 
 

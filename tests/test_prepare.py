@@ -279,7 +279,12 @@ BAD = {
   'cut .zst': ('x.jsonl.zst', None, 'x.jsonl.zst: cannot be read to its end'),
   'no parquet': ('x.parquet', b'PAR1 and so on', 'x.parquet: not a whole parquet file'),
   'wrong column': ('x.parquet', {'body': ['a']}, r"x.parquet: no column 'text' \(it has: body\)"),
-  'column not text': ('x.parquet', {'text': [[1, 2]]}, "column 'text' is list"),
+  'column not text': ('x.parquet', {'text': [['a', 'b']]}, "column 'text' is list<.*>, neither text nor lists of tok"),
+  'an id too large': ('x.parquet', {'text': [[5] * 9, [*[5] * 9, 264]]}, 'row 1: token 9 is 264, and the ids'),
+  'a negative id': ('x.parquet', {'text': [[-3] * 9]}, 'x.parquet, row 0: token 0 is -3'),
+  'an id that is null': ('x.parquet', {'text': [[1] * 8 + [None]]}, 'x.parquet, row 0: token 8 is -1'),
+  'no arrow': ('x.arrow', b'ARROW1 and so on', 'x.arrow: not a whole Arrow stream, after row -1'),
+  'an empty arrow': ('x.arrow', b'', 'x.arrow: not a whole Arrow stream'),
   'row not UTF-8': ('x.parquet', {'text': [b'a' * 40, b'\xff' * 40]}, 'x.parquet, row 1: not UTF-8'),
   'empty': ('x.txt', b'', 'no document was kept; 1 too short'),
   'no file': ('x.png', b'', r'no file to read \(1 with other endings: .png\)'),
@@ -299,6 +304,107 @@ def test_bad_input_is_named_by_file_and_record(name, tmp_path):
     path.write_bytes(content)
   with pytest.raises(BadInput, match=sentence):
     run.prepare(request_of(path, tmp_path / 'out', patterns=[str(path)]), lambda line: None)
+
+
+def save_to_disk(folder: Path, files: list[list[dict]], **kinds: pyarrow.DataType) -> Path:
+  """A folder as Hugging Face's `datasets` saves one: each file is a list of record batches, columns by name."""
+  folder.mkdir(parents=True)
+  names = [f'data-{i:05}-of-{len(files):05}.arrow' for i in range(len(files))]
+  for name, batches in zip(names, files, strict=True):
+    tables = [pyarrow.table({key: pyarrow.array(v, kinds.get(key)) for key, v in one.items()}) for one in batches]
+    with pyarrow.ipc.new_stream(str(folder / name), tables[0].schema) as stream:
+      for table in tables:
+        stream.write_table(table)
+  state = {'_data_files': [{'filename': name} for name in names], '_fingerprint': '5', '_split': 'train'}
+  (folder / 'state.json').write_text(json.dumps(state))
+  (folder / 'dataset_info.json').write_text('{"features": {}}')
+  return folder
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, list[str]]:
+  """A saved dataset of three files, of several record batches each, and its texts."""
+  rng = random.Random(5)
+  texts = [text_of(rng) for _ in range(90)]
+  of = lambda i: {'id': list(range(10)), 'text': texts[10 * i : 10 * i + 10]}
+  kinds = {'text': pyarrow.large_string()}
+  return save_to_disk(tmp_path / 'saved', [[of(0), of(1)], [of(2)], [of(i) for i in range(3, 9)]], **kinds), texts
+
+
+def prepare(tmp_path: Path, pattern: Path | str, **values) -> manifest.Manifest:
+  request = request_of(tmp_path, tmp_path / 'out', patterns=[str(pattern)], **values)
+  return run.prepare(request, lambda line: None)
+
+
+def test_a_folder_of_save_to_disk_is_read_and_its_rows_are_where_the_index_says(saved, tmp_path):
+  folder, texts = saved
+  of = prepare(tmp_path, folder)
+  assert sorted(documents_of(tmp_path / 'out', 'train') + documents_of(tmp_path / 'out', 'validation')) == sorted(texts)
+  files, _ = inputs.find([str(folder)])
+  assert len(inputs.units(files)) > 3, 'a file is cut into parts'
+  index = np.concatenate([np.load(tmp_path / 'out' / f'{shard.name}.index.npy') for shard in of.of('train')], axis=1)
+  found = {texts[(0, 20, 30)[file] + row] for file, row in zip(index[records.FILE], index[records.PLACE], strict=True)}
+  assert found == set(documents_of(tmp_path / 'out', 'train'))
+
+
+def test_of_a_dataset_of_several_splits_one_is_named(saved, tmp_path):
+  both = tmp_path / 'both'
+  for split in ('train', 'test'):
+    shutil.copytree(saved[0], both / split)
+  (both / 'dataset_dict.json').write_text('{"splits": ["train", "test"]}')
+  with pytest.raises(BadInput, match='both: a dataset of the splits train, test; name each .*--input=.*both/train'):
+    inputs.find([str(both)])
+  assert [file.path for file in inputs.find([str(both / 'test')])[0]] == sorted(
+    map(str, (both / 'test').glob('*.arrow'))
+  )
+  (both / 'dataset_dict.json').write_text('{"splits": ["train"]}')
+  assert len(inputs.find([str(both)])[0]) == 3
+
+
+@pytest.mark.parametrize('cut', [3, 8, 9, 500])
+def test_a_saved_dataset_that_was_cut_is_named(saved, tmp_path, cut):
+  """8 bytes are the mark of the end alone: without it, all that is left is a stream of fewer batches."""
+  path = saved[0] / 'data-00002-of-00003.arrow'
+  path.write_bytes(path.read_bytes()[:-cut])
+  with pytest.raises(BadInput, match=r'data-00002-of-00003.arrow: not a whole Arrow stream, after row (59|49) \('):
+    prepare(tmp_path, saved[0])
+
+
+def test_a_saved_dataset_with_a_missing_file_another_column_or_a_damaged_description_is_named(saved, tmp_path):
+  with pytest.raises(BadInput, match=r"data-00000-of-00003.arrow: no column 'body' \(it has: id, text\)"):
+    prepare(tmp_path, saved[0], text_key='body')
+  with pytest.raises(BadInput, match="data-00000-of-00003.arrow: column 'id' is int64, neither text nor lists"):
+    prepare(tmp_path, saved[0], text_key='id')
+  (saved[0] / 'data-00001-of-00003.arrow').unlink()
+  with pytest.raises(BadInput, match='data-00001-of-00003.arrow: missing, and state.json beside it names it'):
+    prepare(tmp_path, saved[0])
+  (saved[0] / 'state.json').write_text('{"_data_files": [3')
+  with pytest.raises(BadInput, match='state.json: cannot be read'):
+    prepare(tmp_path, saved[0])
+
+
+@pytest.mark.parametrize('kind', ['arrow', 'parquet'])
+def test_ready_token_ids_become_documents_as_they_are(kind, tmp_path):
+  """Framed where they are not, each once, the short ones counted."""
+  code, rng = tokenizer.Bytes(), np.random.default_rng(0)
+  rows = [rng.integers(0, 256, n).tolist() for n in (40, 9, 300, 8, 2000)]
+  framed = [[code.bos, *row, code.eos] for row in rows]
+  column = [rows[0], framed[1], framed[2][:-1], rows[3], rows[4], rows[0], [1] * 7, None]
+  if kind == 'arrow':
+    batches, ids = [{'ids': column[:5]}, {'ids': column[5:]}], pyarrow.list_(pyarrow.int32())
+    path = save_to_disk(tmp_path / 'in', [batches], ids=ids)
+  else:
+    path, ids = tmp_path / 'in.parquet', pyarrow.array(column, pyarrow.large_list(pyarrow.uint16()))
+    pyarrow.parquet.write_table(pyarrow.table({'ids': ids}), path)
+  of = prepare(tmp_path, path, text_key='ids', validation_fraction=0.0)
+  (source,) = of.about['sources']
+  assert (source['documents'], source['dropped: duplicate'], source['dropped: too short']) == (8, 1, 2)
+  stream = Stream(tmp_path / 'out', of, 'train')
+  ends = np.concatenate(list(stream.document_ends())).tolist()
+  found = [stream.read(a, b).tolist() for a, b in zip([0, *ends], ends, strict=False)]
+  assert sorted(found) == sorted(framed) and source['kept bytes'] == 4 * (40 + 11 + 301 + 8 + 2000)
+  with pytest.raises(BadInput, match="column 'ids' holds token ids; name one of text"):
+    vocabulary.train([str(path)], 300, tmp_path / 't.json', 'ids', 2**20, lambda line: None)
 
 
 def test_documents_that_are_not_utf8_are_dropped_and_counted_when_asked(tmp_path):

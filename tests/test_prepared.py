@@ -1,6 +1,8 @@
 """Prepared data as a source: every token a target once; damage is named; the audit catches broken orders."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_loop import audit, benchmark, benchmark_data, data
+from latent_loop import audit, benchmark, benchmark_data, data, dry_run
 from latent_loop.config import Config, DataConfig
-from latent_loop.data import layout
-from latent_loop.data.mixture import Woven
+from latent_loop.data import layout, mixture
+from latent_loop.data.mixture import Mixture, Woven, most_off
 from latent_loop.data.packing import pieces_to_row
-from latent_loop.data.pipeline import Batches
+from latent_loop.data.pipeline import Batches, make_order
 from latent_loop.errors import BadInput
 from latent_loop.prepare import filters, inputs, run
 from latent_loop.shards import manifest, records
 from latent_loop.shards.stream import Stream
+from latent_loop.trust import rollback
 from tests.test_prepare import request_of, write_corpus
 
 SEQ_LEN, BATCH = 100, 16
@@ -109,23 +112,80 @@ def test_pieces_of_a_row_do_not_predict_each_other():
   assert row['segment_ids_BT'].tolist() == [1, 1, 1, 2, 2, 0]
 
 
-@pytest.mark.parametrize('weights', [(0.7, 0.3), (0.5, 0.2, 0.3), (3.0, 1.0, 0.001, 7.0)])
-def test_shares_are_exact_and_each_stream_is_read_in_its_order(weights):
-  class Numbers:
-    def __init__(self, source):
-      self.source = source
+class Numbers:
+  """An endless stream of (source, 0, 1, 2, ...)."""
 
-    def __getitem__(self, index):
-      return self.source, index
+  def __init__(self, source):
+    self.source = source
 
-  woven = Woven([Numbers(i) for i in range(len(weights))], weights)
+  def __getitem__(self, index):
+    return self.source, index
+
+
+_NO_CHANGE = ()
+
+
+@pytest.mark.parametrize(
+  'weights,changes',
+  [
+    ((0.7, 0.3), _NO_CHANGE),
+    ((0.5, 0.2, 0.3), _NO_CHANGE),
+    ((3.0, 1.0, 0.001, 7.0), _NO_CHANGE),
+    ((1.0, 0.0, 0.0), ((1000, (0.2, 0.1, 0.7)), (1003, (0.0, 1.0, 0.0)), (4000, (5.0, 0.0, 1.0)))),
+    (tuple(1 / i for i in range(40, 0, -1)), ((2500, tuple(float(i) for i in range(40))),)),
+  ],
+)
+def test_shares_are_exact_in_every_phase_and_each_stream_is_read_in_its_order(weights, changes):
+  woven = Woven([Numbers(i) for i in range(len(weights))], weights, changes)
   places = [woven[i] for i in range(5000)]
-  for source, weight in enumerate(weights):
+  for source in range(len(weights)):
     mine = [index for s, index in places if s == source]
     assert mine == list(range(len(mine)))
-    counts = np.cumsum([s == source for s, _ in places])
-    assert np.abs(counts - weight / sum(weights) * np.arange(1, 5001)).max() <= 2
+  for (begin, now), (end, _) in itertools.pairwise([(0, weights), *changes, (5000, ())]):
+    for source, most in enumerate(most_off(now)):
+      counts = np.cumsum([s == source for s, _ in places[begin:end]])
+      assert np.abs(counts - now[source] / sum(now) * np.arange(1, end - begin + 1)).max() <= most + 1e-6
+      assert most <= 2 or len(now) > 3
   assert woven[4321] == places[4321]
+
+
+def test_an_order_with_constant_weights_stays_the_one_it_was():
+  """The row of some thousand places, as the version before weights could change gave it."""
+  before = {(0.7, 0.3): 'b308666219bd9ed0', (0.5, 0.2, 0.3): 'ceb739a4070990be', (): '023b172ebbda4ff8'}
+  for weights, digest in before.items():
+    order = make_order(Mixture([range(101 + 37 * i) for i in range(len(weights) or 3)], weights), 5)
+    ids = np.array([order[i] for i in range(1200)], '<i8')
+    assert hashlib.sha256(ids.tobytes()).hexdigest()[:16] == digest
+
+
+def test_weights_that_change_are_shown_replayed_and_the_same_for_every_host(folder, copy, monkeypatch):
+  changes = ((0.25, 0.3, 0.7), (0.8, 0.0, 1.0))
+  config = config_of(folder, copy, weights=(1.0, 0.0), weight_changes=changes)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=100))
+  shown = dry_run.describe(config)
+  assert f'from step 0         100.00% {folder}, 0.00% {copy}' in shown
+  assert f'from step 25        30.00% {folder}, 70.00% {copy}' in shown and 'from step 80        0.00%' in shown
+  said = []
+  assert audit.audit(config, [1, 2, 8], 2, None, said.append) == []
+  lines = [line for line in said if line.startswith('mixture')]
+  assert [line.split(',')[0] for line in lines] == [f'mixture from step {step}' for step in (0, 25, 80)]
+  assert '1.0000 of 1.0000' in lines[0] and '0.3000 of 0.3000' in lines[1] and '0.0000 of 0.0000' in lines[2]
+  rows = data.make_source(config).rows('train')
+  read = BATCH * (0.7 * 55 + 20) / len(rows.parts[1])
+  assert f'({read:.2f} epochs' in lines[2], 'epochs are counted over the phases'
+  steps = config.data.changes_of(100)
+  assert steps == [(25, (0.3, 0.7)), (80, (0.0, 1.0))]
+  whole, half = (Batches(rows, 0, BATCH, mine, changes=steps) for mine in (None, range(8, 16)))
+  for step in (81, 24, 25, 3):
+    assert half.row_ids(step) == whole.row_ids(step)[8:] and half.hash(step) == whole.hash(step)
+    assert step >= 25 or whole.row_ids(step) == Batches(rows, 0, BATCH).row_ids(step)
+  monkeypatch.setattr(mixture, '_shares', lambda weights, shares=mixture._shares: shares(weights[::-1]))
+  assert 'source 0, from step 25 on' in '\n'.join(audit.audit(config, [1], 2, None, said.append))
+
+
+def test_a_change_of_weights_is_another_fingerprint(folder, copy):
+  of = lambda **values: data.make_source(config_of(folder, copy, weights=(1.0, 1.0), **values)).fingerprint
+  assert of() == of(weight_changes=()) != of(weight_changes=((0.5, 1.0, 2.0),))
 
 
 def test_the_audit_passes_for_1_2_4_8_hosts_and_over_a_resume_and_reports_the_mixture(folder, copy):
@@ -203,6 +263,16 @@ def test_the_audit_compares_with_what_a_run_recorded(folder, tmp_path):
   assert audit.audit(config, [1], 1, tmp_path, lambda line: None) == []
   (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines).replace('"step": 2', '"step": 5'))
   assert 'step 5' in audit.audit(config, [1], 1, tmp_path, lambda line: None)[0]
+
+
+def test_the_audit_names_what_a_roll_back_skipped(folder, tmp_path):
+  config, said = config_of(folder), []
+  batches = Batches(data.make_source(config).rows('train'), config.seed, BATCH)
+  lines = [json.dumps({'step': step, 'batch_hash': batches.hash(batch)}) for step, batch in ((1, 0), (2, 4), (3, 5))]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
+  rollback.write(tmp_path, [rollback.Rollback(1, 4, 'a NaN')])
+  assert audit.audit(config, [1], 1, tmp_path, said.append) == []
+  assert any('batches 1 to 3 of the stream were skipped by a roll-back to step 1 (a NaN)' in line for line in said)
 
 
 def test_the_audit_refuses_what_it_cannot_replay(folder):

@@ -1,5 +1,6 @@
 """The programs as a user meets them: exit codes, sentences, files. Each case is a process of its own."""
 
+import functools
 import json
 import os
 import shutil
@@ -91,7 +92,7 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('train', [TEXT, '--config.model.width=wide'], 'config.model.width=wide'),
     ('train', [TEXT, '--config.model.block=foo'], 'choose one of sandwich, pre_norm'),
     ('train', [TEXT], '--workdir is missing'),
-    ('train', [TEXT, '--workdir=s3://bucket/run'], 'no store of this kind is known'),
+    ('train', [TEXT, '--workdir=s3://bucket/run'], 'Orbax, which writes the arrays'),
     ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
     slow('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
@@ -129,6 +130,23 @@ def test_a_closed_standard_input_is_missed_only_where_it_is_read():
       command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.close(0)
     )
     assert result.returncode == 2 and result.stderr.startswith('error: ') and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize('times', [1, 100_000])
+def test_a_reader_that_leaves_early_is_told_in_a_sentence(times):
+  """As `| head` does; and output that is closed from the start is not missed."""
+  code = f'from launch import program; program.run(lambda: print("few " * {times}) or 0)'
+  start = functools.partial(
+    subprocess.run, [sys.executable, '-c', code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60
+  )
+  read, write = os.pipe()
+  os.close(read)
+  result = start(stdout=write)
+  os.close(write)
+  assert result.returncode == 1 and result.stderr.startswith('error: what reads the output left'), result.stderr
+  assert len(result.stderr.splitlines()) == 1, result.stderr
+  result = start(preexec_fn=lambda: os.close(1))
+  assert (result.returncode, result.stderr) == (0, '')
 
 
 def test_lines_of_standard_input_that_are_no_utf8_are_bad_input():

@@ -120,8 +120,8 @@ def test_requests_that_fail_now_and_then_are_made_again(store, remote):
 @pytest.mark.parametrize(
   'url, words',
   [
-    ('s3://bucket/run', 'no store of this kind is known'),
-    ('memory://run', 'no store of this kind is known'),
+    ('s3://bucket/run', 'Orbax, which writes the arrays .* gs:// only .*; give gs://BUCKET/FOLDER, or a folder that'),
+    ('memory://run', 'ends with it, and no other process sees it; give a local folder, .*/dev/shm/FOLDER'),
     ('GS://bucket/run', 'no store of this kind is known'),
     ('gs://bucket', 'not the URL of a folder in a bucket'),
     ('gs:///run', 'not the URL of a folder in a bucket'),

@@ -35,7 +35,7 @@ def test_flops_of_a_random_depth_are_those_of_the_depths_that_the_steps_draw():
 
 def test_grid_has_every_combination_once_cheapest_first():
   cells = sweep.grid(tiny_config(), (D, 2 * D), (2, 6), (2 * STEP, 3 * STEP + 1, 3 * STEP))
-  assert sorted(cell.name for cell in cells) == sorted(
+  assert sorted(sweep.name_of(cell) for cell in cells) == sorted(
     f'w{width}_d{mean}_s{steps}' for width in (D, 2 * D) for mean in (2, 6) for steps in (2, 3)
   )
   assert [cell.flops for cell in cells] == sorted(cell.flops for cell in cells)
@@ -94,8 +94,8 @@ def test_too_few_runs_have_no_law():
 
 def test_sweep_ends_where_a_run_is_cut_off_and_goes_on(tmp_path, monkeypatch):
   cells = sweep.grid(tiny_config(), (), (2, 4, 6), ())
-  ends = {cell.name: [DONE] for cell in cells}
-  ends[cells[1].name].insert(0, PREEMPTED)
+  ends = {sweep.name_of(cell): [DONE] for cell in cells}
+  ends[sweep.name_of(cells[1])].insert(0, PREEMPTED)
   ran = []
 
   def train(config, place):
@@ -108,8 +108,8 @@ def test_sweep_ends_where_a_run_is_cut_off_and_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(loop, 'run', train)
   codes = [code for _, code, _ in sweep.run(cells, tmp_path)]
   assert codes == [DONE, PREEMPTED]
-  ends[cells[0].name] = [DONE]  # what loop.run answers for a run that has ended
+  ends[sweep.name_of(cells[0])] = [DONE]  # what loop.run answers for a run that has ended
   results = [result for _, _, result in sweep.run(cells, tmp_path)]
   assert [r['mean_depth'] for r in results] == [2, 4, 6]
   assert [r['loss'] for r in results] == [2.8, 2.6, 2.4]
-  assert ran == [cells[i].name for i in (0, 1, 0, 1, 2)]
+  assert ran == [sweep.name_of(cells[i]) for i in (0, 1, 0, 1, 2)]

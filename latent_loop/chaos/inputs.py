@@ -22,6 +22,7 @@ from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import BAD_INPUT, BUG, DONE, NON_FINITE, PREEMPTED, SAVE_FAILED
 from latent_loop.interop.files import tensor_shapes
+from latent_loop.sealing import write_experiment
 
 CHECKPOINT_ACCIDENTS = {kind.__name__: kind for kind in corrupt.KINDS}
 
@@ -84,7 +85,7 @@ def names_used(inputs: list[Input]) -> set[str]:
 def make_pristine(here: Path, programs: Programs, names: set[str]) -> None:
   """The files and folders of these names, unharmed, in `here`."""
   here.mkdir()
-  small.write_experiment(small_config(), here / drawn.EXPERIMENT)
+  write_experiment(small_config(), here / drawn.EXPERIMENT)
   (here / drawn.PROMPTS).write_text('1+1=\n2+3=\n')
   if names & {drawn.RUN, drawn.STOPPED}:
     ended = programs.run('train', (f'--config={drawn.EXPERIMENT}', f'--workdir={drawn.RUN}'), here, _LIMIT_SECS)

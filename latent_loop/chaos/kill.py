@@ -25,6 +25,7 @@ from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE
 from latent_loop.metrics import read_lines
+from latent_loop.sealing import write_experiment
 
 # What a log says about the machine and not about the run.
 TIMINGS = {'tokens_per_second', 'data_wait_seconds', 'slow_steps', 'mfu'}
@@ -255,7 +256,7 @@ def _records(path: Path) -> list[tuple[Any, dict[str, str]]]:
 def kill(kills: int, seed: int, folder: Path, say: Callable[[str], None], config: Config | None) -> dict[str, Any]:
   """`kills` kills of a run of `config` (None: a small one), counted; every fault is said."""
   began, dice = time.perf_counter(), random.Random(seed)
-  experiment = small.write_experiment(config or small_config(kills), folder / 'experiment.py')
+  experiment = write_experiment(config or small_config(kills), folder / 'experiment.py')
   with Start(experiment, folder / 'reference', folder / 'reference.txt') as start:
     start.wait_until(lambda: start.last_step() > 0)
     startup_secs = time.perf_counter() - began

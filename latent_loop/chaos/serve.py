@@ -25,6 +25,7 @@ from latent_loop.chaos import small
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import ExitRule
 from latent_loop.inference.text import request_of, text_of
+from latent_loop.sealing import write_experiment
 
 _ROOT = Path(__file__).parents[2]
 CLIENTS, SLOTS, QUEUE, TOTAL, MAX_DEPTH = 8, 4, 2, 512, 16
@@ -93,7 +94,7 @@ def serve(minutes: float, seed: int, folder: Path, say: Callable[[str], None]) -
 
 def _make_run(folder: Path) -> Path:
   config = small.small_config(**{'name': 'chaos_serve', 'train.num_steps': 1, 'data.seq_len': 20})
-  experiment, workdir = small.write_experiment(config, folder / 'serve.py'), folder / 'run'
+  experiment, workdir = write_experiment(config, folder / 'serve.py'), folder / 'run'
   _call('launch.train', f'--config={experiment}', f'--workdir={workdir}')
   return workdir
 

@@ -1,10 +1,9 @@
-"""The small run that trials start many times, and an experiment file of it for a process of its own."""
+"""The small run that trials start many times."""
 
-from pathlib import Path
 from typing import Any
 
 from latent_loop.config import Config
-from latent_loop.sealing import seal, to_json, view
+from latent_loop.sealing import seal, view
 
 _SMALL = {
   'model.vocab_size': 264,
@@ -31,12 +30,3 @@ def small_config(**overrides: Any) -> Config:
   config = view(Config())
   config.update_from_flattened_dict({**_SMALL, **overrides})
   return seal(config)
-
-
-def write_experiment(config: Config, path: Path) -> Path:
-  """An experiment file of `config`, for --config."""
-  path.write_text(
-    'from latent_loop.sealing import from_json, view\n\n\n'
-    f'def get_config():\n  return view(from_json({to_json(config)!r}, {str(path)!r}))\n'
-  )
-  return path

@@ -110,6 +110,32 @@ class Checkpoints:
       if jax.process_index() == 0:
         self._skip(step, reason or Damaged('another process cannot read it'), skipped)
 
+  def go_back(self, last: int) -> int | None:
+    """The newest step up to `last` with whole files, once all behind it are set aside; None: nothing was touched.
+
+    As process 0 sees it.
+    """
+    self.wait()
+    found = None
+    if jax.process_index() == 0:
+      steps = self.folder.steps()
+      for step in reversed([s for s in steps if s <= last]):
+        try:
+          manifest.check_files(self.folder / step, manifest.read(self.folder / step, step))
+          found = step
+          break
+        except Damaged as error:
+          self._skip(step, error, [])
+      try:
+        for step in reversed([s for s in steps if s > last] if found is not None else []):
+          self.folder.set_aside(step)
+      except OSError as error:
+        raise SaveFailed(
+          f'{self.folder / step}: could not be set aside ({manifest.short(error)}); make room, or repair the disk or '
+          'the connection, then start the same command again'
+        ) from error
+    return _from_process_0(found)
+
   def _newest_good(self, skipped: list[int]) -> int | None:
     """The newest step with whole files, as process 0 sees it; None: there never was any; raises BadInput."""
     found = None

@@ -78,7 +78,7 @@ class Chat:
   def __init__(self, cfg: DataConfig):
     self._cfg, self._tokenizer = cfg, self.read_tokenizer(cfg)
     self.vocab_size = self._tokenizer.vocab_size
-    digest = hashlib.blake2b(f'{[cfg.seq_len, cfg.packing, cfg.weights]}'.encode(), digest_size=16)
+    digest = hashlib.blake2b(f'{[cfg.seq_len, cfg.packing, cfg.all_weights]}'.encode(), digest_size=16)
     self._rows: dict[str, list[ChatRows]] = {'train': [], 'validation': []}
     for path in cfg.paths:
       for split, conversations in self._read(path).items():

@@ -48,7 +48,7 @@ class Parquet:
     self._cfg, self.vocab_size = cfg, vocab_size
     self._tokenizer = self.read_tokenizer(cfg) if cfg.tokenizer else None
     self._rows = {'train': [], 'validation': []}
-    facts = [cfg.seq_len, cfg.weights, cfg.bos, cfg.validation_fraction]
+    facts = [cfg.seq_len, cfg.all_weights, cfg.bos, cfg.validation_fraction]
     for path in cfg.paths:
       files = _find(path)
       groups = {s: RowGroups(found, cfg.column, cfg.seq_len + 1, vocab_size) for s, found in files.items()}

@@ -47,7 +47,7 @@ class Prepared:
         )
     self._tokenizer = self.read_tokenizer(cfg)
     self.vocab_size = self._manifests[0].vocab_size
-    facts = [cfg.seq_len, cfg.packing, cfg.weights, *(one.seal for one in self._manifests)]
+    facts = [cfg.seq_len, cfg.packing, cfg.all_weights, *(one.seal for one in self._manifests)]
     self.fingerprint = hashlib.blake2b(f'{facts}'.encode(), digest_size=16).hexdigest()
 
   @staticmethod

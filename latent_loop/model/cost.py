@@ -23,6 +23,7 @@ class Cost:
   core: int  # forward FLOPs of one iteration
   head: int  # forward FLOPs of the logits
   remat: str
+  coda: int  # the part of outer that every reading of a state pays, with the head
   outer_blocks: int  # forward FLOPs of the prelude's and coda's blocks alone
   core_blocks: int  # forward FLOPs of one iteration's blocks, without the injection
 
@@ -32,6 +33,10 @@ class Cost:
 
   def forward(self, depth: float) -> float:
     return self.outer + self.head + self.core * depth
+
+  def generated(self, depth: float, reads: float) -> float:
+    """One token behind the prompt: its prelude, `depth` iterations, and `reads` looks at what they predict."""
+    return self.outer - self.coda + self.core * depth + reads * (self.coda + self.head)
 
   def train(self, n: float, k: float) -> float:
     """Forward and backward; the n iterations without gradient run forward only."""
@@ -57,14 +62,17 @@ def count(model: Model, seq_len: int) -> Cost:
       matrices[part] = matrices.get(part, 0) + size
   attention = 4 * seq_len * cfg.width  # scores and weighted values of one layer
   blocks = lambda part, layers: 2 * matrices.get(part, 0) + layers * attention
-  outer = blocks('prelude', cfg.num_prelude_layers) + blocks('coda', cfg.num_coda_layers)
+  coda = blocks('coda', cfg.num_coda_layers)
+  outer = blocks('prelude', cfg.num_prelude_layers) + coda
+  core_exit = 2 * matrices.get('core_exit', 0)
   core = blocks('core', cfg.num_core_layers)
   return Cost(
     parameters=parameters,
-    outer=outer + 2 * matrices.get('core_exit', 0),
+    outer=outer + core_exit,
     core=core + 2 * matrices.get('injection', 0),
     head=2 * parameters['embed'],
     remat=cfg.remat,
+    coda=coda + core_exit,
     outer_blocks=outer,
     core_blocks=core,
   )

@@ -71,7 +71,7 @@ class Alone:
 
   on_hang: Callable[[str], None]
 
-  def agree(self, step: int, wanted: bool) -> bool:
+  def agree(self, wanted: bool) -> bool:
     return wanted
 
   def check(self, step: int, facts: dict[str, str]) -> None:
@@ -85,7 +85,8 @@ class Group:
   """The processes that met, watched by a thread. Process 0 is linked to all others, these to process 0 alone.
 
   Messages, one JSON line each: {'ended': process, 'code': exit code, None = lost}, passed on by process 0;
-  {'stop': True} to process 0; {'step': s, 'stop': bool} from it: whether the run stops after step s;
+  {'stop': True} to process 0; {'round': i, 'stop': bool} from it: whether the run stops after its i-th step since the
+  start, which is not its number where a run was resumed or rolled back;
   {'check': s, 'process': p, 'facts': {...}} to process 0, {'refused': sentence} from it when facts differ.
   """
 
@@ -93,7 +94,7 @@ class Group:
     self.seat, self._links, self._end = seat, links, end
     self._lock = threading.Lock()  # of sending
     self._ended: dict[int, int] = {}  # process -> the exit code it announced
-    self._stop_wanted, self._word, self._closed = False, {}, 0
+    self._stop_wanted, self._round, self._word, self._closed = False, 0, {}, 0
     self._facts: dict[int, dict[int, dict]] = {}  # on process 0: step -> process -> what it said
     self.on_hang: Callable[[str], None] = lambda reason: None  # called when another process reports that it hangs
     self._changed = threading.Condition()
@@ -102,23 +103,23 @@ class Group:
       _keep_alive(link)
     threading.Thread(target=self._watch, name='peers', daemon=True).start()
 
-  def agree(self, step: int, wanted: bool) -> bool:
-    """Whether all processes stop after `step`: True on all of them at one step, soon after one of them wanted it.
+  def agree(self, wanted: bool) -> bool:
+    """Whether all processes stop after this step: True on all of them at one step, soon after one of them wanted it.
 
     Call it at every step. Process 0 says it for the step to come, so that nobody waits for the network.
     """
+    i, self._round = self._round, self._round + 1
     if self.seat.process_id == 0:
       self._stop_wanted |= wanted
-      first = not self._word
-      for s in (step, step + 1) if first else (step + 1,):
-        self._word[s] = self._stop_wanted
-        self._tell({'step': s, 'stop': self._word[s]})
+      for j in (i, i + 1) if i == 0 else (i + 1,):
+        self._word[j] = self._stop_wanted
+        self._tell({'round': j, 'stop': self._word[j]})
     elif wanted and not self._stop_wanted:
       self._stop_wanted = True
       self._tell({'stop': True})
     with self._changed:
-      self._changed.wait_for(lambda: step in self._word)
-      return self._word.pop(step)
+      self._changed.wait_for(lambda: i in self._word)
+      return self._word.pop(i)
 
   def check(self, step: int, facts: dict[str, str]) -> None:
     """Compares `facts` over all processes, without waiting; where they differ, all end with BAD_INPUT."""
@@ -209,8 +210,8 @@ class Group:
     with self._changed:
       if 'ended' in message:
         self._ended[process] = code
-      elif 'step' in message:
-        self._word[message['step']] = message['stop']
+      elif 'round' in message:
+        self._word[message['round']] = message['stop']
       else:
         self._stop_wanted = True
       self._changed.notify_all()

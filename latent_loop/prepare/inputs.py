@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import glob
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from latent_loop import optional
@@ -19,6 +20,7 @@ KINDS = {
   **{f'.{suffix}': 'text' for suffix in _TEXT},
   '.jsonl': 'lines', '.ndjson': 'lines', '.jsonl.gz': 'packed_lines', '.json.gz': 'packed_lines',
   '.jsonl.zst': 'packed_lines', '.json.zst': 'packed_lines', '.parquet': 'table',
+  '.arrow': 'arrow',
 }  # fmt: skip
 
 
@@ -36,7 +38,9 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """[start, stop) of a file: in bytes of .jsonl (the lines that begin there), in row groups of .parquet; else all."""
+  """[start, stop) of a file: in bytes of .jsonl (the lines that begin there), in row groups of .parquet, in record
+  batches of .arrow; else all.
+  """
 
   file: File
   start: int
@@ -48,17 +52,19 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
   """(the files of all patterns in a fixed order, each once; the number of files left out, by ending).
 
   A pattern is a glob (** crosses folders), a file, or a folder, which stands for the text and source files under it:
-  .jsonl and .parquet may be anything there, so they are named by globs. Raises BadInput when there is nothing to read.
+  .jsonl and .parquet may be anything there, so they are named by globs; but a folder of `save_to_disk` stands for its
+  .arrow files. Raises BadInput when there is nothing to read.
   """
   files, others, seen = [], collections.Counter(), set()
   for number, pattern in enumerate(patterns):
     before = len(files)
-    for path in sorted(_matches(pattern)):
+    saved = _saved_dataset(pattern)
+    for path in saved or sorted(_matches(pattern)):
       if path in seen:
         continue
       seen.add(path)
       kind = kind_of(path)
-      if kind is None or (kind != 'text' and os.path.isdir(pattern)):
+      if kind is None or (kind != 'text' and os.path.isdir(pattern) and not saved):
         others[Path(path).suffix or 'no ending'] += 1
         continue
       facts = os.stat(path)
@@ -66,7 +72,7 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
     if len(files) == before:
       raise BadInput(
         f'--input={pattern}: no file to read{_why(others)}; known are .txt, .md, source files, and by a glob, as in '
-        "'folder/**/*.jsonl', .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+        "'folder/**/*.jsonl', .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow"
       )
   return files, dict(sorted(others.items()))
 
@@ -82,6 +88,37 @@ def _matches(pattern: str) -> Iterator[str]:
       yield from (os.path.join(folder, name) for name in names if not name.startswith('.'))
   else:
     yield from (path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def _saved_dataset(folder: str) -> list[str]:
+  """The .arrow files of a folder that save_to_disk of Hugging Face's `datasets` wrote; none where it is no such folder.
+
+  Raises BadInput for a folder of several splits: which of them are to be trained on, a person knows.
+  """
+  if os.path.exists(os.path.join(folder, 'dataset_dict.json')):
+    splits = _fields(folder, 'dataset_dict.json', lambda body: list(body['splits']))
+    if len(splits) != 1:
+      raise BadInput(
+        f'--input={folder}: a dataset of the splits {", ".join(splits)}; name each that is to be read, as in '
+        f'--input={os.path.join(folder, "train")}'
+      )
+    folder = os.path.join(folder, splits[0])
+  elif not all(os.path.exists(os.path.join(folder, name)) for name in ('state.json', 'dataset_info.json')):
+    return []
+  names = _fields(folder, 'state.json', lambda body: [one['filename'] for one in body['_data_files']])
+  for path in (paths := [os.path.join(folder, name) for name in names]):
+    if not os.path.isfile(path):
+      raise BadInput(f'{path}: missing, and state.json beside it names it; restore it, or save the dataset again')
+  return paths
+
+
+def _fields(folder: str, name: str, pick: Callable[[dict], list[str]]) -> list[str]:
+  try:
+    return pick(json.loads(Path(folder, name).read_bytes()))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise BadInput(
+      f'{os.path.join(folder, name)}: cannot be read ({error!r}); restore it, or save the dataset again'
+    ) from error
 
 
 def kind_of(path: str) -> str | None:
@@ -114,8 +151,40 @@ def _parts(file: File, limit: int) -> Iterator[Part]:
     sizes = _row_groups(file)
     for i, size in enumerate(sizes):
       yield Part(file, i, i + 1, size)
+  elif file.kind == 'arrow':
+    start, size = 0, 0
+    for i, num_bytes in enumerate(_record_batches(file), 1):
+      size += num_bytes
+      if size >= limit:
+        yield Part(file, start, i, size)
+        start, size = i, 0
+    if size:
+      yield Part(file, start, i, size)
   else:
     yield Part(file, 0, 1, file.num_bytes)
+
+
+def _record_batches(file: File) -> Iterator[int]:
+  """Bytes of each record batch of an Arrow stream, of which nothing but the headers is read."""
+  ipc = optional.load('pyarrow.ipc', 'data', file.path)
+  import pyarrow
+
+  rows = 0
+  try:
+    with pyarrow.memory_map(file.path) as raw, ipc.open_stream(raw) as stream:
+      for batch in stream:
+        rows += batch.num_rows
+        yield batch.nbytes
+      raw.seek(max(raw.size() - len(_END_OF_STREAM), 0))
+      if raw.read() != _END_OF_STREAM:  # a stream that was cut between two batches would be shorter, and in silence
+        raise OSError('its end is missing')
+  except (OSError, pyarrow.ArrowException) as error:
+    raise BadInput(
+      f'{file.path}: not a whole Arrow stream, after row {rows - 1} ({error}); replace or remove it'
+    ) from error
+
+
+_END_OF_STREAM = b'\xff\xff\xff\xff\0\0\0\0'
 
 
 def _row_groups(file: File) -> list[int]:

@@ -2,10 +2,13 @@
 
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from latent_loop import optional
 from latent_loop.errors import BadInput
@@ -17,10 +20,12 @@ _LINE_FACTOR = 8
 
 
 class Document(NamedTuple):
-  """place: where in the file; a byte for lines, a row for tables. text: None = longer than is read."""
+  """place: where in the file; a byte for lines, a row for tables. text: None = longer than is read; or ready token ids,
+  int64, -1 where there is none.
+  """
 
   place: int
-  text: bytes | None
+  text: bytes | np.ndarray | None
 
 
 def documents(part: Part, text_key: str, max_bytes: int) -> Iterator[Document]:
@@ -28,7 +33,7 @@ def documents(part: Part, text_key: str, max_bytes: int) -> Iterator[Document]:
   try:
     if part.file.kind == 'text':
       yield _whole(part, max_bytes)
-    elif part.file.kind == 'table':
+    elif part.file.kind in ('table', 'arrow'):
       yield from _rows(part, text_key)
     else:
       with _open(part.file.path) as file:
@@ -98,26 +103,62 @@ def _encoded(text: object, text_key: str, where: str) -> bytes:
 
 
 def _rows(part: Part, column: str) -> Iterator[Document]:
-  parquet = optional.load('pyarrow.parquet', 'data', part.file.path)
+  optional.load('pyarrow', 'data', part.file.path)
   import pyarrow
 
   path = part.file.path
   try:
-    with parquet.ParquetFile(path) as table:
-      _check_column(path, table.schema_arrow, column)
-      place = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
-      for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=list(range(part.start, part.stop)), columns=[column]):
-        # As bytes: a string that is not UTF-8 must not end the whole batch.
-        for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-          yield Document(place, value or b'')
-          place += 1
+    for place, values in _columns(part, column):
+      if _holds_ids(values.type):
+        found = [np.array(_ids_of(one), np.int64) for one in values.to_pylist()]
+      else:  # as bytes: a string that is not UTF-8 must not end the whole batch
+        found = [value or b'' for value in values.cast(pyarrow.large_binary()).to_pylist()]
+      yield from (Document(place + i, one) for i, one in enumerate(found))
   except pyarrow.ArrowException as error:
     raise BadInput(f'{path}: cannot be read to its end ({error}); replace or remove the file') from error
 
 
+def _ids_of(row: list | None) -> list[int]:
+  return [-1 if one is None else one for one in row or ()]
+
+
+def _columns(part: Part, column: str) -> Iterator[tuple[int, object]]:
+  """(the first row of some rows, their values in `column`)."""
+  import pyarrow
+  from pyarrow import ipc, parquet
+
+  path = part.file.path
+  if part.file.kind == 'table':
+    with parquet.ParquetFile(path) as table:
+      _check_column(path, table.schema_arrow, column)
+      place = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
+      for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=list(range(part.start, part.stop)), columns=[column]):
+        yield place, batch.column(0)
+        place += batch.num_rows
+    return
+  with pyarrow.memory_map(path) as raw, ipc.open_stream(raw) as stream:
+    _check_column(path, stream.schema, column)
+    place = 0
+    for number, batch in enumerate(itertools.islice(stream, part.stop)):
+      if number >= part.start:
+        values = batch.column(column)
+        yield from ((place + i, values.slice(i, _ROWS_AT_ONCE)) for i in range(0, len(values), _ROWS_AT_ONCE))
+      place += batch.num_rows
+
+
+def _holds_ids(kind) -> bool:
+  from pyarrow import types
+
+  is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+  return is_list and types.is_integer(kind.value_type)
+
+
 def _check_column(path: str, schema, column: str) -> None:
-  kinds = {field.name: str(field.type) for field in schema}
+  kinds = {field.name: field.type for field in schema}
   if column not in kinds:
     raise BadInput(f'{path}: no column {column!r} (it has: {", ".join(kinds)}); name the column with --text_key')
-  if kinds[column] not in ('string', 'large_string', 'binary', 'large_binary'):
-    raise BadInput(f'{path}: column {column!r} is {kinds[column]}, not text; name another with --text_key')
+  kind = kinds[column]
+  if str(kind) not in ('string', 'large_string', 'binary', 'large_binary') and not _holds_ids(kind):
+    raise BadInput(
+      f'{path}: column {column!r} is {kind}, neither text nor lists of token ids; name another with --text_key'
+    )

@@ -94,7 +94,7 @@ def do(unit: Unit, folder: Path) -> dict:
   code = _tokenizer(unit.settings.tokenizer)
   if code.fingerprint != unit.settings.fingerprint:
     raise BadInput(f'--tokenizer={unit.settings.tokenizer}: changed while data was prepared with it; start again')
-  items = _kept(unit, counts)
+  items = _kept(unit, counts, code.vocab_size)
   for number in itertools.count():
     some = itertools.islice(items, _SEGMENT_DOCUMENTS)
     segment = _write_segment(some, code, f'{unit.key}-{number}', folder)
@@ -111,16 +111,27 @@ def _write_segment(items: Iterator, code: tokenizer.Tokenizer, name: str, folder
   tokens_path, documents_path = (folder / file for file in names(name))
   with settled(tokens_path) as temporary, temporary.open('wb') as file:
     for batch in _batches(items):
-      for (head, text), tokens in zip(batch, code.encode([text for _, text in batch]), strict=True):
+      for head, tokens, num_bytes in _encoded(batch, code):
         file.write(np.r_[code.bos, tokens, code.eos].astype(dtype).tobytes())
         end += len(tokens) + 2
-        columns.append((end, *head, len(tokens) + 2, len(text.encode())))
+        columns.append((end, *head, len(tokens) + 2, num_bytes))
   if not columns:
     tokens_path.unlink()
     return None
   table = np.array(columns, np.uint64).T
   write_index(documents_path, np.ascontiguousarray(table[:, in_order(table)]))
   return name
+
+
+def _encoded(batch: list, code: tokenizer.Tokenizer) -> Iterator[tuple[tuple, np.ndarray, int]]:
+  """(head, tokens without those that begin and end a document, bytes) of each item."""
+  texts = iter(code.encode([content for _, content in batch if isinstance(content, str)]))
+  for head, content in batch:
+    if isinstance(content, str):
+      yield head, next(texts), len(content.encode())
+    else:
+      begun, ended = (content[:1] == code.bos).sum(), (content[-1:] == code.eos).sum()
+      yield head, content[begun : len(content) - ended], filters.ID_BYTES * len(content)
 
 
 def in_order(table: np.ndarray) -> np.ndarray:
@@ -141,15 +152,18 @@ class _Counts:
     return {str(number): dict(sorted(counter.items())) for number, counter in self._files.items()}
 
 
-def _kept(unit: Unit, counts: _Counts) -> Iterator[tuple[tuple[int, int, int, int], str]]:
-  """((digest high, low, file, place), text) of every document to keep; the others are counted by reason."""
+def _kept(unit: Unit, counts: _Counts, vocab_size: int) -> Iterator[tuple[tuple[int, int, int, int], str | np.ndarray]]:
+  """((digest high, low, file, place), text or ready ids) of every document to keep; others are counted by reason."""
   settings, seen = unit.settings, set()
   for part in unit.parts:
     counter = counts.of(part.file.number)
     for place, raw in documents(part, settings.text_key, settings.limits.max_bytes):
       counter['documents'] += 1
       reason = filters.reason_to_drop(raw, settings.limits) if raw is not None else 'too long'
-      text = _decoded(raw, part, place, settings) if reason is None else ''
+      if isinstance(raw, np.ndarray):
+        text = _checked(raw, part, place, vocab_size)
+      else:
+        text = _decoded(raw, part, place, settings) if reason is None else ''
       if reason is None and text is None:
         reason = 'not UTF-8'
       digest = filters.digest(raw) if reason is None else None
@@ -161,8 +175,18 @@ def _kept(unit: Unit, counts: _Counts) -> Iterator[tuple[tuple[int, int, int, in
       if len(seen) == _SEGMENT_DOCUMENTS:
         seen.clear()  # merge.py finds every duplicate; this only saves tokenizing most of them
       seen.add(digest)
-      counter['kept bytes'] += len(raw)
+      counter['kept bytes'] += filters.ID_BYTES * len(raw) if isinstance(raw, np.ndarray) else len(raw)
       yield (*digest, part.file.number, place), text
+
+
+def _checked(ids: np.ndarray, part: Part, place: int, vocab_size: int) -> np.ndarray:
+  wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+  if wrong.size:
+    raise BadInput(
+      f'{part.file.path}, {where(part, place)}: token {wrong[0]} is {ids[wrong[0]]}, and the ids of the tokenizer run '
+      f'from 0 to {vocab_size - 1}; give the --tokenizer that made them, or correct the file'
+    )
+  return ids
 
 
 def _decoded(raw: bytes, part: Part, place: int, settings: Settings) -> str | None:
@@ -178,7 +202,9 @@ def _decoded(raw: bytes, part: Part, place: int, settings: Settings) -> str | No
 
 
 def where(part: Part, place: int) -> str:
-  return {'text': 'the whole file', 'table': f'row {place}'}.get(part.file.kind, f'the line at byte {place}')
+  if part.file.kind == 'text':
+    return 'the whole file'
+  return f'row {place}' if part.file.kind in ('table', 'arrow') else f'the line at byte {place}'
 
 
 def _batches(items: Iterator) -> Iterator[list]:

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from latent_loop import tokenizer
 from latent_loop.errors import BadInput
 from latent_loop.prepare import filters, inputs
@@ -49,6 +51,8 @@ def _texts(files: list[inputs.File], text_key: str, share: float | None = None) 
   limits = filters.Limits()
   for part in itertools.chain.from_iterable(inputs.units(files)):
     for _, raw in documents(part, text_key, limits.max_bytes):
+      if isinstance(raw, np.ndarray):
+        raise BadInput(f'{part.file.path}: column {text_key!r} holds token ids; name one of text with --text_key')
       if raw is None or filters.reason_to_drop(raw, limits) is not None:
         continue
       high, low = filters.digest(raw)

@@ -18,6 +18,12 @@ from latent_loop.errors import BadInput, StoreFault
 Path = pathlib.Path | epath.Path  # what a workdir is
 TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
 _URL = re.compile(r'(\w[\w+.-]*)://(.*)')
+_REFUSED = {
+  's3': 'Orbax, which writes the arrays of a checkpoint, knows local folders and gs:// only (google/orbax, issue 872); '
+  'give gs://BUCKET/FOLDER, or a folder that all machines share, and copy it to the bucket',
+  'memory': 'what one process keeps in its memory ends with it, and no other process sees it; give a local folder, '
+  'which may lie in memory too: /dev/shm/FOLDER',
+}
 _FAULT = re.compile(
   r'\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED): '
 )  # how TensorStore's messages begin then; DATA_LOSS, NOT_FOUND and others are about the content
@@ -31,7 +37,8 @@ def path(text: str, flag: str = '--workdir') -> Path:
   if not url:
     return pathlib.Path(text)
   if url[1] != 'gs':
-    raise BadInput(f'{flag}={text}: no store of this kind is known; give a local folder or gs://BUCKET/FOLDER')
+    reason = _REFUSED.get(url[1], 'no store of this kind is known; give a local folder or gs://BUCKET/FOLDER')
+    raise BadInput(f'{flag}={text}: {reason}')
   bucket, _, folder = url[2].partition('/')
   if not bucket or not folder.strip('/') or '//' in folder or {'.', '..'} & set(folder.split('/')):
     raise BadInput(f'{flag}={text}: not the URL of a folder in a bucket; write gs://BUCKET/FOLDER')

@@ -1,0 +1,96 @@
+"""Trains the variants of a study with several seeds and compares them by depth:
+
+python -m launch.study run --study=experiments/studies/recipe.py --workdir=runs/recipe --results=recipe.json
+python -m launch.study draw --results=recipe.json --figure=recipe.png
+
+A study that was cut off, by a signal too, goes on when it is started again. A study file has get_variants(), which
+returns {name: config}, and DEPTHS, the test-time depths to evaluate.
+"""
+
+import json
+import runpy
+
+from absl import flags
+
+from launch import program
+
+_STUDY = flags.DEFINE_string('study', None, 'run: file of the study, such as experiments/studies/recipe.py')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'run: folder for the runs')
+_RESULTS = flags.DEFINE_string('results', None, 'JSON file that run writes and draw reads')
+_FIGURE = flags.DEFINE_string('figure', None, 'draw: PNG file to write')
+_SEEDS = flags.DEFINE_multi_integer('seed', [0, 1, 2], 'run: repeat for more', lower_bound=0)
+_VARIANTS = flags.DEFINE_multi_string('variant', [], 'run: only this one; repeat for more; default all')
+_PROCESSES = flags.DEFINE_integer('processes', 2, 'run: trials at once, each on its share of the cores', lower_bound=1)
+
+
+def main(verb: str) -> int:
+  return {'run': _run, 'draw': _draw}[verb]()
+
+
+def _run() -> int:
+  from latent_loop import study
+  from latent_loop.exit_codes import DONE
+
+  name, variants, depths = _read_study()
+  results = _path('results')
+  todo = study.trials(variants, _SEEDS.value, _path('workdir'))
+  code = study.run(todo, depths, _PROCESSES.value, lambda line: print(line, flush=True))
+  if code == DONE:
+    rows = study.results(todo)
+    study.save(results, name, rows)
+    print('\n'.join(study.table(rows)))
+    print(f'wrote {results}')
+  return code
+
+
+def _path(flag: str):
+  """Of this flag; raises BadInput where it is not given."""
+  from latent_loop.errors import BadInput
+
+  value = flags.FLAGS[flag].value
+  if not value:
+    raise BadInput(f'--{flag} is missing; see python -m launch.study --help')
+  return program.path_of(flag, value)
+
+
+def _read_study():
+  """(name, {variant: sealed config}, depths) of --study and --variant; raises BadInput."""
+  from latent_loop.errors import BadInput
+  from latent_loop.sealing import seal
+
+  path = _path('study')
+  try:
+    found = runpy.run_path(str(path))
+    variants, depths = {name: seal(config) for name, config in found['get_variants']().items()}, tuple(found['DEPTHS'])
+  except BadInput as error:
+    raise BadInput(f'--study={path}: {error}') from error
+  except Exception as error:  # a study file is a program of the user's, and may raise anything
+    raise BadInput(
+      f'--study={path}: it does not run ({type(error).__name__}: {error}); give a file such as '
+      'experiments/studies/recipe.py, with get_variants() and DEPTHS'
+    ) from error
+  unknown = sorted(set(_VARIANTS.value) - variants.keys())
+  if unknown:
+    raise BadInput(f'--variant={unknown[0]}: not in {path}; choose from {", ".join(variants)}')
+  chosen = {name: config for name, config in variants.items() if not _VARIANTS.value or name in _VARIANTS.value}
+  return path.stem, chosen, depths
+
+
+def _draw() -> int:
+  from latent_loop.errors import BadInput
+  from latent_loop.report import study
+
+  results, figure = _path('results'), _path('figure')
+  try:
+    found = json.loads(results.read_text())
+    study.draw(figure, found['study'], found['runs'])
+  except (OSError, ValueError, KeyError) as error:
+    raise BadInput(
+      f'--results={results}: not the results of a study ({error!r}); let launch.study run write it'
+    ) from error
+  print(f'wrote {figure}')
+  return 0
+
+
+if __name__ == '__main__':
+  program.run(main, verbs=('run', 'draw'))
