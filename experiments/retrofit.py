@@ -6,7 +6,8 @@ Begin with a trained plain_text, exported as its file says:
 The control trains on as long without a loop, at the same learning rate:
   python -m launch.train --config=experiments/plain_text.py --init_from=runs/plain_text --workdir=runs/plain_more
     --config.train.num_steps=300 --config.optim.learning_rate=5e-3 --config.optim.adam_learning_rate=2e-3
-Expected (experiments/results/retrofit_cpu.jsonl): less loss than before at every depth above 1.
+Seen (experiments/results/retrofit_cpu.jsonl): no. All depths from 4 on come within 0.01 nats of the control, no lower,
+after 300 steps as after 1000; depth 1 falls behind.
 """
 
 from experiments.plain_text import get_config as plain_text

@@ -75,7 +75,7 @@ def _read(config: Config, source: Path, mesh: Any) -> tuple[Params, dict[str, An
 
 def _is_hf(source: Path) -> bool:
   path = source / huggingface.CONFIG
-  return storage.is_local(source) and path.is_file() and 'model_type' in files.read_json(path)
+  return storage.is_local(source) and path.is_file() and bool(files.read_json(path).keys() & {*huggingface.NAMES})
 
 
 def _check_same(ours: ModelConfig, theirs: ModelConfig, source: Path) -> None:

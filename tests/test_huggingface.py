@@ -175,6 +175,8 @@ def test_gradient_iterations_are_capped_by_the_mean_depth(tmp_path):
   'key, value',
   [
     ('model_type', 'llama'),
+    ('_class_name', 'ParcaeConfig'),
+    ('model_class_name', 'Parcae'),
     ('injection_type', 'add'),
     ('norm_class_name', 'LayerNorm'),
     ('mlp_class_name', 'BaseMLP'),

@@ -24,6 +24,7 @@ _EMBEDDING, HEAD, ROTARY = 'transformer.wte.weight', 'lm_head.weight', 'freqs_ci
 
 # --- config ------------------------------------------------------------------------------------------
 
+NAMES = ('model_type', '_class_name', 'model_class_name')  # keys that say whose a config.json is
 _SIZES = {  # their key -> our field of ModelConfig
   'n_embd': 'width',
   'n_heads': 'num_heads',
@@ -113,6 +114,16 @@ def config_to_hf(model: ModelConfig, depth: DepthConfig, block_size: int) -> dic
 
 
 def _check_architecture(path: Path, values: dict[str, Any]) -> None:
+  named = {key: values[key] for key in NAMES if key in values}
+  if named.get('model_type') == 'llama':
+    raise BadInput(f"{path}: model_type='llama' has no loop; make a run of it by python -m launch.convert retrofit")
+  for key, name in named.items():
+    if str(name).lower().startswith('parcae'):
+      raise BadInput(
+        f'{path}: {key}={name!r} is not supported: the attention of Parcae adds value embeddings, tables by token of '
+        'their own, which no block here has, so its checkpoints cannot be taken in; experiments/parcae_140m.py trains '
+        'its shape without them'
+      )
   for key, only in _ONLY.items():
     if key in values and values[key] != only:
       raise BadInput(f'{path}: {key}={values[key]!r} is not supported; only {only!r} is, take another checkpoint')
@@ -134,7 +145,10 @@ def _check_exportable(cfg: ModelConfig) -> None:
   for field, only in _OURS_ONLY.items():
     value = vars(cfg)[field]
     if value != only:
-      raise BadInput(f'config.model.{field}={value!r}: Huginn has no such part; only {only!r} can be exported')
+      raise BadInput(
+        f'config.model.{field}={value!r}: Huginn has no such part; only {only!r} can be exported (a plain decoder, as '
+        'of experiments/plain_text.py, leaves as a Llama; Parcae has no layout for a model without value embeddings)'
+      )
 
 
 def _choice(path: Path, values: dict[str, Any], key: str, choices: dict[str, str]) -> str:
