@@ -73,8 +73,9 @@ def test_trust_is_measured_on_the_step_that_trains_and_its_saves_are_whole(machi
   config = tiny_config(**TINY)
   with mock.patch.object(benchmark_trust, 'train_point', wraps=benchmark.train_point) as made:
     _, guard, sums, saves = benchmark_trust.trust(config, (0, 2), tmp_path, benchmark.Effort(1, 2))
-  assert (guard['mode'], sums['mode'], saves['mode']) == ('guards', 'checksums', 'saves') and made.call_count == 2
-  assert len(guard['seconds']) == 2 and guard['share_of_step'] > -1 and sums['share_of_step'] > 0
+  assert (guard['mode'], sums['mode'], saves['mode']) == ('guards', 'checksums', 'saves') and made.call_count == 3
+  assert guard['pairs'] == len(guard['seconds']) == 2 and sums['share_of_step'] > 0
+  assert -1 < guard['share_interval'][0] <= guard['share_of_step'] <= guard['share_interval'][1]
   state = made.call_args.args[2][0]
   arrays = [leaf for leaf in jax.tree.leaves(state) if leaf is not None]
   assert sums['state_bytes'] == sum(leaf.nbytes for leaf in arrays) > 8 * 4
@@ -82,6 +83,15 @@ def test_trust_is_measured_on_the_step_that_trains_and_its_saves_are_whole(machi
   assert saves['allowed_seconds'] == max(saves['step_seconds_median'], 0.05)
   assert [': good' in line for line in inspect.verify(tmp_path, [])] == [True]
   json.dumps([guard, sums, saves])
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+  rng = np.random.default_rng(0)
+  assert benchmark_trust.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+  assert benchmark_trust.interval([float(i) for i in range(10)]) == (1.0, 8.0), 'the ranks of a table of the sign test'
+  draws = np.exp(rng.standard_normal((2000, 25)))  # of median 1
+  found = [benchmark_trust.interval(list(row)) for row in draws]
+  assert 0.945 < np.mean([low <= 1 <= high for low, high in found]) < 0.975
 
 
 def test_the_twin_is_asked_for_the_sizes_of_the_config(twin):
