@@ -17,7 +17,7 @@ _CHUNK = 4 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Two files by size and SHA-256; `name` is that of both without its ending."""
+  """Its files by size and SHA-256; `name` is that of all of them without its ending."""
 
   name: str
   documents: int

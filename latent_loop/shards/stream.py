@@ -10,9 +10,10 @@ import numpy as np
 from latent_loop.errors import BadInput
 from latent_loop.shards import manifest
 from latent_loop.shards.manifest import Manifest, Shard
-from latent_loop.shards.records import END, ROWS, Reader, token_dtype
+from latent_loop.shards.records import ARRAY_ENDING, END, ROWS, TOKENS_ENDING, Reader, token_dtype
 
-TOKENS_ENDING, INDEX_ENDING = '.arrayrecord', '.index.npy'
+INDEX_ENDING = '.index.npy'
+_DESCRIPTION = f'{ARRAY_ENDING}/zarr.json'
 
 
 class Stream:
@@ -61,7 +62,10 @@ class Stream:
   def _reader(self, k: int) -> Reader:
     if k not in self._readers:
       shard, dtype = self._shards[k], token_dtype(self._vocab_size)
-      path = self._folder / (shard.name + TOKENS_ENDING)
+      is_array = _DESCRIPTION in shard.files
+      path = self._folder / (shard.name + (ARRAY_ENDING if is_array else TOKENS_ENDING))
+      if is_array:
+        _check_description(self._folder / (shard.name + _DESCRIPTION), shard)
       self._readers[k] = Reader(path, dtype, shard.tokens, self._vocab_size)
     return self._readers[k]
 
@@ -69,6 +73,15 @@ class Stream:
     if k not in self._indexes:
       self._indexes[k] = _read_index(self._folder, self._shards[k])
     return self._indexes[k]
+
+
+def _check_description(path: Path, shard: Shard) -> None:
+  """What an array is, is said in a file without a checksum of its own."""
+  try:
+    if manifest.facts(path) != tuple(shard.files[_DESCRIPTION]):
+      raise ValueError('its size or SHA-256 is not that of the manifest')
+  except (OSError, ValueError) as error:
+    raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error
 
 
 def _read_index(folder: Path, shard: Shard) -> np.ndarray:
