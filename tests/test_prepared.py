@@ -16,10 +16,12 @@ from latent_loop.data import layout, mixture
 from latent_loop.data.mixture import Mixture, Woven, most_off
 from latent_loop.data.packing import pieces_to_row
 from latent_loop.data.pipeline import Batches, make_order
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.prepare import filters, inputs, run
 from latent_loop.shards import manifest, records
 from latent_loop.shards.stream import Stream
+from latent_loop.storage import arrays as storage_arrays
+from tests.object_store import BUCKET
 from tests.test_prepare import request_of, write_corpus
 
 SEQ_LEN, BATCH = 100, 16
@@ -357,6 +359,31 @@ def test_a_row_of_an_array_is_a_small_part_of_its_file(arrays, tmp_path):
   rows[0]
   with pytest.raises(BadInput, match='train-00000.zarr, record 1: cannot be read .*DATA_LOSS'):
     rows[records.RECORD_TOKENS // SEQ_LEN + 1]
+
+
+def test_arrays_are_read_from_an_object_store_by_small_ranges(arrays, store):
+  """As a copy of the folder leaves them there; faults are named as on a disk."""
+  files = [path for path in arrays.rglob('*') if path.is_file()]
+  store.objects |= {f'data/x/{path.relative_to(arrays).as_posix()}': path.read_bytes() for path in files}
+  there = dataclasses.replace(config_of(arrays).data, paths=(f'gs://{BUCKET}/data/x',))
+  there = dataclasses.replace(config_of(arrays), data=there)
+  one, other = data.make_source(config_of(arrays)), data.make_source(there)
+  assert one.fingerprint == other.fingerprint and one.prompts() == other.prompts()
+  rows, same = one.rows('train'), other.rows('train')
+  for i in (0, 5, len(rows) - 1):
+    assert all(value.tobytes() == same[i][key].tobytes() for key, value in rows[i].items())
+  again = data.make_source(there).rows('train')
+  storage_arrays._context.cache_clear()  # with the patience of this test
+  with store.faults(fail_every=1), pytest.raises(StoreFault, match='the store did not read it'):
+    again[0]
+  again[0]
+  name = 'data/x/train-00001.zarr/c/0'
+  store.objects[name] = store.objects[name][:-1]
+  with pytest.raises(BadInput, match='gs://bucket/data/x/train-00001.zarr/c/0: it has not the'):
+    data.make_source(there)
+  del store.objects[name]
+  with pytest.raises(BadInput, match='gs://bucket/data/x/train-00001.zarr/c/0: missing'):
+    data.make_source(there)
 
 
 @pytest.mark.parametrize('seed', range(8))

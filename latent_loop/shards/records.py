@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from latent_loop import storage
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, StoreFault
 
 TOKENS_ENDING, ARRAY_ENDING = '.arrayrecord', '.zarr'  # of a shard's tokens: one of both
 RECORD_TOKENS = 2048
@@ -108,7 +108,7 @@ class Reader:
       else:
         self._reader = ArrayRecordReader(str(path), options=_NO_THREADS)
     except (RuntimeError, ValueError) as error:
-      raise BadInput(_fault(path, None, error)) from error
+      raise _refusal(path, None, error) from error
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Tokens [start, stop) of the shard."""
@@ -122,7 +122,7 @@ class Reader:
     try:
       raw = self._reader.read([i])[0] if self._reader else self._array.read(start, stop).tobytes()
     except (RuntimeError, ValueError, IndexError) as error:
-      raise BadInput(_fault(self._path, i, error)) from error
+      raise _refusal(self._path, i, error) from error
     expected = (stop - start) * self._dtype.itemsize
     if len(raw) != expected:
       raise BadInput(_fault(self._path, i, f'it has {len(raw)} bytes where the manifest wants {expected}'))
@@ -133,6 +133,13 @@ class Reader:
         _fault(self._path, i, f'token {where} is {tokens.max()}, and the vocabulary ends at {self._vocab_size - 1}')
       )
     return tokens
+
+
+def _refusal(path: storage.Path, record: int | None, error: Exception) -> Exception:
+  """What to raise: the store may have failed, and its content be whole."""
+  if storage.is_fault(path, error):
+    return StoreFault(f'{path}: the store did not read it ({error})')
+  return BadInput(_fault(path, record, error))
 
 
 def _fault(path: Path, record: int | None, reason: object) -> str:

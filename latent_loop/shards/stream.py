@@ -1,16 +1,18 @@
 """One split of a prepared folder as one long stream of tokens, of which any part can be read."""
 
 import bisect
+import io
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from latent_loop.errors import BadInput
+from latent_loop import storage
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.shards import manifest
 from latent_loop.shards.manifest import Manifest, Shard
 from latent_loop.shards.records import ARRAY_ENDING, END, ROWS, TOKENS_ENDING, Reader, token_dtype
+from latent_loop.storage import Path
 
 INDEX_ENDING = '.index.npy'
 _DESCRIPTION = f'{ARRAY_ENDING}/zarr.json'
@@ -80,6 +82,8 @@ def _check_description(path: Path, shard: Shard) -> None:
   try:
     if manifest.facts(path) != tuple(shard.files[_DESCRIPTION]):
       raise ValueError('its size or SHA-256 is not that of the manifest')
+  except StoreFault:
+    raise
   except (OSError, ValueError) as error:
     raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error
 
@@ -90,9 +94,14 @@ def _read_index(folder: Path, shard: Shard) -> np.ndarray:
   try:
     if manifest.facts(path) != tuple(shard.files[INDEX_ENDING]):
       raise ValueError('its size or SHA-256 is not that of the manifest')
-    index = np.asarray(np.load(path, mmap_mode='r'))  # as a memmap, every slice would cost
+    if storage.is_local(path):
+      index = np.asarray(np.load(path, mmap_mode='r'))  # as a memmap, every slice would cost
+    else:
+      index = np.load(io.BytesIO(path.read_bytes()))
     if index.shape != (ROWS, shard.documents) or index[END, -1] != shard.tokens:
       raise ValueError(f'it has {index.shape} numbers where the manifest wants {(ROWS, shard.documents)}')
     return index
+  except StoreFault:
+    raise
   except (OSError, ValueError) as error:
     raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tensorstore as ts
 
-from latent_loop.storage import Path
+from latent_loop.storage import Path, is_local, objects
 
 _CACHE_BYTES = 2**24  # of all open arrays: where the pieces of their files are
 
@@ -37,8 +37,12 @@ class Array:
   """Numbers of an array at random. Raises ValueError for what is missing or damaged."""
 
   def __init__(self, folder: Path, dtype: np.dtype, length: int):
-    spec = {**_SPEC, 'kvstore': {'driver': 'file', 'path': f'{folder}/'}}
-    self._array = ts.open(spec, context=_context(), read=True).result()
+    if is_local(folder):
+      store = {'driver': 'file', 'path': f'{folder}/'}
+    else:
+      bucket, _, key = str(folder).removeprefix('gs://').partition('/')
+      store = {'driver': 'gcs', 'bucket': bucket, 'path': f'{key}/'}
+    self._array = ts.open({**_SPEC, 'kvstore': store}, context=_context(), read=True).result()
     found = self._array.shape, self._array.dtype.numpy_dtype
     if found != ((length,), dtype):
       raise ValueError(f'it is an array of {found[0]} {found[1]}, where the manifest wants {(length,)} {dtype}')
@@ -56,7 +60,7 @@ _SPEC = {
 
 @functools.cache
 def _context() -> ts.Context:
-  return ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
+  return ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}, 'gcs_request_retries': objects.RETRIES})
 
 
 def _metadata(dtype: np.dtype, length: int, file_size: int, piece_size: int) -> dict:
