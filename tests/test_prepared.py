@@ -386,6 +386,13 @@ def test_arrays_are_read_from_an_object_store_by_small_ranges(arrays, store):
     data.make_source(there)
 
 
+def test_a_whole_record_of_zeros_is_no_missing_one(tmp_path):
+  tokens = np.repeat([5, 0, 7], records.RECORD_TOKENS).astype('<u2')
+  records.write_array(tmp_path / 'x.zarr', [tokens[:9], tokens[9:]], tokens.dtype, len(tokens))
+  reader = records.Reader(tmp_path / 'x.zarr', tokens.dtype, len(tokens), 264)
+  assert (reader.read(3, len(tokens)) == tokens[3:]).all()
+
+
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('file', ['c/0', 'zarr.json'])
 def test_no_flipped_bit_of_an_array_is_read_as_a_token(arrays, tmp_path, file, seed):
