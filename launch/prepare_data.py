@@ -28,6 +28,9 @@ _INVALID_UTF8 = flags.DEFINE_enum(
 _VALIDATION = flags.DEFINE_float('validation_fraction', 0.01, 'share of the documents that is held out, by their hash')
 _MIN_BYTES = flags.DEFINE_integer('min_bytes', 32, 'shorter documents are dropped', lower_bound=1)
 _MAX_BYTES = flags.DEFINE_integer('max_bytes', 4 * 2**20, 'longer documents are dropped', lower_bound=1)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'arrayrecord', ['arrayrecord', 'zarr3'], 'of the shards: one file each, or an array that other tools read'
+)
 _PROCESSES = flags.DEFINE_integer('processes', None, 'how many work at once; default: one for each core', lower_bound=1)
 
 _RUNNER = flags.DEFINE_string('runner', 'local', 'local, or a Beam runner: DirectRunner, FlinkRunner, SparkRunner, ...')
@@ -52,6 +55,7 @@ def main() -> int:
     validation_fraction=_VALIDATION.value,
     limits=filters.Limits(_MIN_BYTES.value, _MAX_BYTES.value),
     processes=_PROCESSES.value or os.cpu_count(),
+    format=_FORMAT.value,
     runner=_RUNNER.value,
     beam_options=tuple(_BEAM.value),
   )

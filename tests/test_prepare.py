@@ -69,6 +69,7 @@ def small_pieces():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(inputs, '_LEAST_UNIT_BYTES', 6_000)
     patch.setattr(run, 'SHARD_BYTES', 30_000)
+    patch.setattr(records, 'FILE_RECORDS', 4)
     yield
 
 
@@ -83,6 +84,13 @@ def corpus(tmp_path_factory) -> Path:
 def prepared(corpus, tmp_path_factory) -> Path:
   output = tmp_path_factory.mktemp('prepared') / 'out'
   run.prepare(request_of(corpus, output), lambda line: None)
+  return output
+
+
+@pytest.fixture(scope='module')
+def arrays(corpus, tmp_path_factory) -> Path:
+  output = tmp_path_factory.mktemp('arrays') / 'out'
+  run.prepare(request_of(corpus, output, format='zarr3'), lambda line: None)
   return output
 
 
@@ -114,7 +122,8 @@ def documents_of(folder: Path, split: str) -> list[str]:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_every_text_of_every_format_is_kept_once(corpus, prepared, tmp_path):
@@ -193,7 +202,8 @@ class Killed(BaseException):
   """As a SIGKILL: nothing of the preparation handles it."""
 
 
-def test_killed_at_any_point_it_ends_in_the_same_bytes(corpus, prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize('shards', ['arrayrecord', 'zarr3'])
+def test_killed_at_any_point_it_ends_in_the_same_bytes(corpus, prepared, arrays, tmp_path, monkeypatch, shards):
   """The n-th start dies when it gives its n-th file a name, until one ends before it comes to that."""
   calls, kills, rename = [], 0, records.os.replace
 
@@ -209,12 +219,14 @@ def test_killed_at_any_point_it_ends_in_the_same_bytes(corpus, prepared, tmp_pat
   while kills < 100:
     calls.clear()
     try:
-      run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+      run.prepare(request_of(corpus, tmp_path / 'out', format=shards), lambda line: None)
       break
     except Killed:
       kills += 1
   monkeypatch.undo()
-  assert 8 < kills < 100 and bytes_of(tmp_path / 'out') == bytes_of(prepared)
+  expected = bytes_of({'arrayrecord': prepared, 'zarr3': arrays}[shards])
+  assert 8 < kills < 100 and bytes_of(tmp_path / 'out') == expected
+  assert shards == 'arrayrecord' or 'train-00000.zarr/c/1' in expected, 'an array of several files'
 
 
 def test_a_unit_that_is_done_is_not_done_again_unless_it_is_damaged(corpus, tmp_path, monkeypatch):
@@ -325,7 +337,7 @@ def save_to_disk(folder: Path, files: list[list[dict]], **kinds: pyarrow.DataTyp
 def saved(tmp_path) -> tuple[Path, list[str]]:
   """A saved dataset of three files, of several record batches each, and its texts."""
   rng = random.Random(5)
-  texts = [text_of(rng) for _ in range(90)]
+  texts = [text_of(rng) for _ in range(80)] + [f'a text of a few words, {i}, and no more' for i in range(10)]
   of = lambda i: {'id': list(range(10)), 'text': texts[10 * i : 10 * i + 10]}
   kinds = {'text': pyarrow.large_string()}
   return save_to_disk(tmp_path / 'saved', [[of(0), of(1)], [of(2)], [of(i) for i in range(3, 9)]], **kinds), texts
@@ -336,12 +348,15 @@ def prepare(tmp_path: Path, pattern: Path | str, **values) -> manifest.Manifest:
   return run.prepare(request, lambda line: None)
 
 
-def test_a_folder_of_save_to_disk_is_read_and_its_rows_are_where_the_index_says(saved, tmp_path):
+def test_a_folder_of_save_to_disk_is_read_and_its_rows_are_where_the_index_says(saved, tmp_path, monkeypatch):
+  monkeypatch.setattr(reading, '_ROWS_AT_ONCE', 4)
   folder, texts = saved
   of = prepare(tmp_path, folder)
   assert sorted(documents_of(tmp_path / 'out', 'train') + documents_of(tmp_path / 'out', 'validation')) == sorted(texts)
   files, _ = inputs.find([str(folder)])
-  assert len(inputs.units(files)) > 3, 'a file is cut into parts'
+  parts = [(part.file.number, part.start, part.stop) for unit in inputs.units(files) for part in unit]
+  assert len(parts) > 4 and (2, 5, 6) in parts, 'a file is cut into parts, the last one small'
+  assert of.about['sources'][0]['documents'] == 90 and 'dropped: duplicate' not in of.about['sources'][0]
   index = np.concatenate([np.load(tmp_path / 'out' / f'{shard.name}.index.npy') for shard in of.of('train')], axis=1)
   found = {texts[(0, 20, 30)[file] + row] for file, row in zip(index[records.FILE], index[records.PLACE], strict=True)}
   assert found == set(documents_of(tmp_path / 'out', 'train'))
@@ -387,9 +402,9 @@ def test_a_saved_dataset_with_a_missing_file_another_column_or_a_damaged_descrip
 def test_ready_token_ids_become_documents_as_they_are(kind, tmp_path):
   """Framed where they are not, each once, the short ones counted."""
   code, rng = tokenizer.Bytes(), np.random.default_rng(0)
-  rows = [rng.integers(0, 256, n).tolist() for n in (40, 9, 300, 8, 2000)]
+  rows = [*(rng.integers(0, 256, n).tolist() for n in (40, 9, 300, 8, 2000)), [9] * 8, [32] * 8]
   framed = [[code.bos, *row, code.eos] for row in rows]
-  column = [rows[0], framed[1], framed[2][:-1], rows[3], rows[4], rows[0], [1] * 7, None]
+  column = [rows[0], framed[1], framed[2][:-1], rows[3], rows[4], rows[0], [1] * 7, None, *rows[5:]]
   if kind == 'arrow':
     batches, ids = [{'ids': column[:5]}, {'ids': column[5:]}], pyarrow.list_(pyarrow.int32())
     path = save_to_disk(tmp_path / 'in', [batches], ids=ids)
@@ -398,11 +413,11 @@ def test_ready_token_ids_become_documents_as_they_are(kind, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({'ids': ids}), path)
   of = prepare(tmp_path, path, text_key='ids', validation_fraction=0.0)
   (source,) = of.about['sources']
-  assert (source['documents'], source['dropped: duplicate'], source['dropped: too short']) == (8, 1, 2)
+  assert (source['documents'], source['dropped: duplicate'], source['dropped: too short']) == (10, 1, 2)
   stream = Stream(tmp_path / 'out', of, 'train')
   ends = np.concatenate(list(stream.document_ends())).tolist()
   found = [stream.read(a, b).tolist() for a, b in zip([0, *ends], ends, strict=False)]
-  assert sorted(found) == sorted(framed) and source['kept bytes'] == 4 * (40 + 11 + 301 + 8 + 2000)
+  assert sorted(found) == sorted(framed) and source['kept bytes'] == 4 * (40 + 11 + 301 + 8 + 2000 + 16)
   with pytest.raises(BadInput, match="column 'ids' holds token ids; name one of text"):
     vocabulary.train([str(path)], 300, tmp_path / 't.json', 'ids', 2**20, lambda line: None)
 
@@ -420,17 +435,27 @@ def test_documents_that_are_not_utf8_are_dropped_and_counted_when_asked(tmp_path
   )
 
 
+def test_arrays_are_other_files_than_records_in_another_folder(corpus, prepared, arrays):
+  one, other = manifest.read(prepared), manifest.read(arrays)
+  plain = lambda of: [(s.name, s.documents, s.tokens, s.records, s.files['.index.npy']) for s in of.shards]
+  assert plain(one) == plain(other) and one.key != other.key
+  assert all(set(s.files) >= {'.zarr/zarr.json', '.zarr/c/0'} and '.arrayrecord' not in s.files for s in other.shards)
+  with pytest.raises(BadInput, match='other inputs or settings'):
+    run.prepare(request_of(corpus, prepared, format='zarr3'), lambda line: None)
+
+
+@pytest.mark.parametrize('file', ['train-00001.arrayrecord', 'train-00001.zarr/c/0', 'train-00001.zarr/zarr.json'])
 @pytest.mark.parametrize('damage', ['missing', 'truncated', 'flipped'])
-def test_a_damaged_shard_of_a_finished_folder_is_named(corpus, tmp_path, damage):
-  run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
-  path = tmp_path / 'out' / 'train-00001.arrayrecord'
+def test_a_damaged_shard_of_a_finished_folder_is_named(corpus, prepared, arrays, tmp_path, file, damage):
+  shutil.copytree(arrays if 'zarr' in file else prepared, tmp_path / 'out')
+  path = tmp_path / 'out' / file
   raw = bytearray(path.read_bytes())
   raw[len(raw) // 2] ^= 16
   path.write_bytes(raw[:-5] if damage == 'truncated' else raw)
   if damage == 'missing':
     path.unlink()
-  with pytest.raises(BadInput, match='train-00001.arrayrecord: (missing|truncated or altered)'):
-    run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
+  with pytest.raises(BadInput, match=f'{file}: (missing|truncated or altered)'):
+    run.prepare(request_of(corpus, tmp_path / 'out', format='zarr3' if 'zarr' in file else 'arrayrecord'), print)
 
 
 def test_a_trained_tokenizer_round_trips_and_isolates_digits_and_punctuation(corpus, tmp_path):
@@ -494,6 +519,6 @@ def test_killed_at_ten_random_moments_of_its_work_it_ends_in_the_same_bytes(tmp_
 
 def test_ranges_of_digests_cover_all_and_do_not_overlap():
   for count in (1, 3, 7):
-    bounds = [merge.Range(i, count, (), '<u2', 0.1).bounds for i in range(count)]
+    bounds = [merge.Range(i, count, (), '<u2', 0.1, 'arrayrecord').bounds for i in range(count)]
     assert bounds[0][0] == 0 and bounds[-1][1] == 2**64 - 1
     assert all(a[1] + 1 == b[0] for a, b in zip(bounds, bounds[1:], strict=False))

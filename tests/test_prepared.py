@@ -16,11 +16,13 @@ from latent_loop.data import layout, mixture
 from latent_loop.data.mixture import Mixture, Woven, most_off
 from latent_loop.data.packing import pieces_to_row
 from latent_loop.data.pipeline import Batches, make_order
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.prepare import filters, inputs, run
 from latent_loop.shards import manifest, records
 from latent_loop.shards.stream import Stream
+from latent_loop.storage import arrays as storage_arrays
 from latent_loop.trust import rollback
+from tests.object_store import BUCKET
 from tests.test_prepare import request_of, write_corpus
 
 SEQ_LEN, BATCH = 100, 16
@@ -29,12 +31,23 @@ SEQ_LEN, BATCH = 100, 16
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
   """A prepared corpus of several shards."""
+  return prepared_as('arrayrecord', tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def arrays(tmp_path_factory) -> Path:
+  """The same corpus as arrays, of several files each."""
+  return prepared_as('zarr3', tmp_path_factory)
+
+
+def prepared_as(shards: str, tmp_path_factory) -> Path:
   corpus, output = tmp_path_factory.mktemp('corpus'), tmp_path_factory.mktemp('out') / 'out'
   write_corpus(corpus)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(inputs, '_LEAST_UNIT_BYTES', 20_000)
     patch.setattr(run, 'SHARD_BYTES', 30_000)
-    run.prepare(request_of(corpus, output), lambda line: None)
+    patch.setattr(records, 'FILE_RECORDS', 4)
+    run.prepare(request_of(corpus, output, format=shards), lambda line: None)
   return output
 
 
@@ -328,6 +341,90 @@ def test_no_flipped_bit_of_a_shard_is_read_as_a_token(folder, copy, seed):
     assert path.name in str(error) and ('record' in str(error) or 'npy' in path.name)
   else:
     assert (whole_stream(copy)[0] == whole_stream(folder)[0]).all()
+
+
+@pytest.mark.parametrize('packing', layout.LAYOUTS)
+def test_arrays_give_the_batches_that_records_give(folder, arrays, packing):
+  one, other = (data.make_source(config_of(place, packing=packing)) for place in (folder, arrays))
+  rows, same = one.rows('train'), other.rows('train')
+  assert len(rows) == len(same) and one.prompts() == other.prompts()
+  for i in range(len(rows)):
+    assert all(value.tobytes() == same[i][key].tobytes() for key, value in rows[i].items())
+  whole, half = Batches(rows, 3, BATCH), Batches(same, 3, BATCH, range(8), threads=4)
+  for step in (7, 0):
+    assert half.hash(step) == whole.hash(step)
+    assert half.batch(step).tokens_BT.tobytes() == whole.batch(step).tokens_BT[:8].tobytes()
+  assert audit.audit(config_of(arrays, packing=packing), [1, 4], 1, None, lambda line: None) == []
+
+
+def test_a_row_of_an_array_is_a_small_part_of_its_file(arrays, tmp_path):
+  """All that it does not need may be damaged."""
+  copy = Path(shutil.copytree(arrays, tmp_path / 'copy'))
+  path, size = (
+    copy / 'train-00000.zarr' / 'c' / '0',
+    2 * records.RECORD_TOKENS + 4,
+  )  # two bytes for a token, and the CRC
+  raw = path.read_bytes()
+  path.write_bytes(raw[:size] + bytes(size) + raw[2 * size :])
+  rows = data.make_source(config_of(copy)).rows('train')
+  rows[0]
+  with pytest.raises(BadInput, match='train-00000.zarr, record 1: cannot be read .*DATA_LOSS'):
+    rows[records.RECORD_TOKENS // SEQ_LEN + 1]
+
+
+def test_arrays_are_read_from_an_object_store_by_small_ranges(arrays, store):
+  """As a copy of the folder leaves them there; faults are named as on a disk."""
+  files = [path for path in arrays.rglob('*') if path.is_file()]
+  store.objects |= {f'data/x/{path.relative_to(arrays).as_posix()}': path.read_bytes() for path in files}
+  there = dataclasses.replace(config_of(arrays).data, paths=(f'gs://{BUCKET}/data/x',))
+  there = dataclasses.replace(config_of(arrays), data=there)
+  one, other = data.make_source(config_of(arrays)), data.make_source(there)
+  assert one.fingerprint == other.fingerprint and one.prompts() == other.prompts()
+  rows, same = one.rows('train'), other.rows('train')
+  for i in (0, 5, len(rows) - 1):
+    assert all(value.tobytes() == same[i][key].tobytes() for key, value in rows[i].items())
+  again = data.make_source(there).rows('train')
+  storage_arrays._context.cache_clear()  # with the patience of this test
+  with store.faults(fail_every=1), pytest.raises(StoreFault, match='the store did not read it'):
+    again[0]
+  again[0]
+  name = 'data/x/train-00001.zarr/c/0'
+  store.objects[name] = store.objects[name][:-1]
+  with pytest.raises(BadInput, match='gs://bucket/data/x/train-00001.zarr/c/0: it has not the'):
+    data.make_source(there)
+  del store.objects[name]
+  with pytest.raises(BadInput, match='gs://bucket/data/x/train-00001.zarr/c/0: missing'):
+    data.make_source(there)
+
+
+def test_a_whole_record_of_zeros_is_no_missing_one(tmp_path):
+  tokens = np.repeat([5, 0, 7], records.RECORD_TOKENS).astype('<u2')
+  records.write_array(tmp_path / 'x.zarr', [tokens[:9], tokens[9:]], tokens.dtype, len(tokens))
+  reader = records.Reader(tmp_path / 'x.zarr', tokens.dtype, len(tokens), 264)
+  assert (reader.read(3, len(tokens)) == tokens[3:]).all()
+
+
+@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('file', ['c/0', 'zarr.json'])
+def test_no_flipped_bit_of_an_array_is_read_as_a_token(arrays, tmp_path, file, seed):
+  copy, rng = Path(shutil.copytree(arrays, tmp_path / 'copy')), np.random.default_rng(seed)
+  path = copy / 'train-00000.zarr' / file
+  raw = bytearray(path.read_bytes())
+  raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+  path.write_bytes(raw)
+  with pytest.raises(BadInput, match=r'train-00000.zarr(, record \d+: cannot be read|/zarr.json: cannot be used)'):
+    read_all(copy)
+
+
+@pytest.mark.parametrize('file', ['c/1', 'zarr.json'])
+def test_a_missing_file_of_an_array_is_named_before_training_and_in_it(arrays, tmp_path, file):
+  copy = Path(shutil.copytree(arrays, tmp_path / 'copy'))
+  rows = data.make_source(config_of(copy)).rows('train')
+  (copy / 'train-00000.zarr' / file).unlink()
+  with pytest.raises(BadInput, match=f'train-00000.zarr/{file}: missing'):
+    data.make_source(config_of(copy))
+  with pytest.raises(BadInput, match='train-00000.zarr(, record 4: .*NOT_FOUND|/zarr.json: cannot be used)'):
+    [rows[i] for i in range(len(rows))]
 
 
 def test_a_token_past_the_vocabulary_is_named_by_file_and_record(copy):

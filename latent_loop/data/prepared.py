@@ -1,9 +1,8 @@
-"""Folders that launch.prepare_data wrote, as a data source."""
+"""Folders that launch.prepare_data wrote, as a data source; with shards of zarr3 also as copied to an object store."""
 
 import hashlib
-from pathlib import Path
 
-from latent_loop import tokenizer
+from latent_loop import storage, tokenizer
 from latent_loop.config import DataConfig
 from latent_loop.data.layout import LAYOUTS
 from latent_loop.data.mixture import Mixture
@@ -13,6 +12,10 @@ from latent_loop.shards import manifest
 from latent_loop.shards.stream import Stream
 
 _PROMPT_TOKENS = 12
+
+
+def _place(path: str) -> storage.Path:
+  return storage.path(path, 'config.data.paths')
 
 
 class PreparedRows:
@@ -36,7 +39,7 @@ class Prepared:
   chance_accuracy = None
 
   def __init__(self, cfg: DataConfig):
-    self._cfg, self._folders = cfg, [Path(path) for path in cfg.paths]
+    self._cfg, self._folders = cfg, [_place(path) for path in cfg.paths]
     self._manifests = [manifest.read(folder) for folder in self._folders]
     for folder, one in zip(self._folders, self._manifests, strict=True):
       manifest.check_sizes(folder, one)
@@ -53,7 +56,7 @@ class Prepared:
   @staticmethod
   def read_tokenizer(cfg: DataConfig) -> tokenizer.Tokenizer:
     """The tokenizer of the first folder; raises BadInput when it is not the one of its manifest."""
-    folder = Path(cfg.paths[0])
+    folder = _place(cfg.paths[0])
     wanted = manifest.read(folder).tokenizer
     if wanted == 'bytes':
       return tokenizer.Bytes()

@@ -15,21 +15,25 @@ import numpy as np
 from latent_loop.prepare import units
 from latent_loop.shards import records
 from latent_loop.shards.manifest import SPLITS
-from latent_loop.shards.records import END, FILE, HIGH, LOW
-from latent_loop.shards.stream import INDEX_ENDING, TOKENS_ENDING
+from latent_loop.shards.records import ARRAY_ENDING, END, FILE, HIGH, LOW, TOKENS_ENDING
+from latent_loop.shards.stream import INDEX_ENDING
 
 _OPEN_FILES = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """Shard `number` of `count`: equal parts of the range of digests. segments: in the order of the input."""
+  """Shard `number` of `count`: equal parts of the range of digests. segments: in the order of the input.
+
+  format: 'arrayrecord' or 'zarr3'.
+  """
 
   number: int
   count: int
   segments: tuple[str, ...]
   dtype: str
   validation_fraction: float
+  format: str
 
   @property
   def key(self) -> str:
@@ -54,16 +58,16 @@ def do(part: Range, work: Path, output: Path) -> dict:
   for split, mine in zip(SPLITS, (~held_out, held_out), strict=True):
     name = f'{split}-{part.number:05}'
     if mine.any():
-      shards.append(_write(output, name, table[:, mine], part, work))
-      files += [output / (name + ending) for ending in ENDINGS]
+      shard, names = _write(output, name, table[:, mine], part, work)
+      shards.append(shard)
+      files += names
   found = {}
   for number, num_bytes in duplicates.T.tolist():
     count, total = found.get(str(number), (0, 0))
     found[str(number)] = (count + 1, total + num_bytes)
-  return units.write_mark(work, part.key, files, {'duplicates': found, 'shards': shards})
+  return units.write_mark(work, part.key, output, files, {'duplicates': found, 'shards': shards})
 
 
-ENDINGS = (TOKENS_ENDING, INDEX_ENDING)
 _SEGMENT = units.NUM_BYTES + 1  # a last row, added here: which segment holds the document
 
 
@@ -84,12 +88,21 @@ def _documents(part: Range, work: Path) -> tuple[np.ndarray, np.ndarray]:
   return table[:, ~again], table[[FILE, units.NUM_BYTES]][:, again]
 
 
-def _write(output: Path, name: str, table: np.ndarray, part: Range, work: Path) -> dict:
+def _write(output: Path, name: str, table: np.ndarray, part: Range, work: Path) -> tuple[dict, list[str]]:
+  """(what the mark says of a shard, the names of its files)."""
   index = table[: records.ROWS].copy()
   index[END] = np.cumsum(table[units.NUM_TOKENS])
-  count = records.write_tokens(output / (name + ENDINGS[0]), _tokens(table, part, work))
-  records.write_index(output / (name + ENDINGS[1]), index)
-  return {'name': name, 'documents': table.shape[1], 'tokens': int(index[END, -1]), 'records': count}
+  tokens, length = _tokens(table, part, work), int(index[END, -1])
+  if part.format == 'zarr3':
+    array = name + ARRAY_ENDING
+    files = [f'{array}/{file}' for file in records.write_array(output / array, tokens, np.dtype(part.dtype), length)]
+  else:
+    files = [name + TOKENS_ENDING]
+    records.write_tokens(output / files[0], tokens)
+  records.write_index(output / (name + INDEX_ENDING), index)
+  count = -(-length // records.RECORD_TOKENS)
+  shard = {'name': name, 'documents': table.shape[1], 'tokens': length, 'records': count}
+  return shard, [*files, name + INDEX_ENDING]
 
 
 def _tokens(table: np.ndarray, part: Range, work: Path) -> Iterator[np.ndarray]:

@@ -28,7 +28,7 @@ _ENDINGS_SAID = 8
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What to prepare. processes: how many of this machine work at once; 1 = this one alone.
+  """What to prepare. processes: how many of this machine work at once; 1 = this one alone. format: of the shards.
 
   runner: 'local', or the Beam runner that works instead of them, with Beam's own options.
   """
@@ -41,6 +41,7 @@ class Request:
   validation_fraction: float
   limits: filters.Limits
   processes: int
+  format: str = 'arrayrecord'  # or 'zarr3'
   runner: str = 'local'
   beam_options: tuple[str, ...] = ()
 
@@ -54,7 +55,8 @@ def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
   code = tokenizer.load(request.tokenizer)
   settings = units.Settings(request.tokenizer, code.fingerprint, request.text_key, request.invalid_utf8, request.limits)
   todo = [units.Unit(tuple(parts), settings) for parts in inputs.units(files)]
-  key = hashlib.sha256(' '.join([f'{request.validation_fraction}', *(u.key for u in todo)]).encode()).hexdigest()
+  what = [f'{request.validation_fraction}', *(u.key for u in todo), *(['zarr3'] if request.format == 'zarr3' else [])]
+  key = hashlib.sha256(' '.join(what).encode()).hexdigest()
   if (request.output / manifest.NAME).exists():
     return _finished(request.output, key)
   with _folder_in_words(request.output), _own(request.output) as work, StopRequest() as stop:
@@ -108,7 +110,7 @@ def _own(output: Path) -> Iterator[Path]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise BadInput(f'--output={output}: another process prepares this folder; wait for it, or end it') from error
-    for left in [*work.glob(f'*{storage.TEMPORARY}'), *output.glob(f'*{storage.TEMPORARY}')]:
+    for left in [*output.rglob(f'*{storage.TEMPORARY}')]:
       left.unlink()  # of a killed process; it may be what fills the disk
     yield work
 
@@ -122,7 +124,8 @@ def _ranges(request: Request, todo: list[units.Unit], marks: list[dict], dtype) 
         counts.update(numbers)
     raise BadInput(f'--input: no document was kept; {_reasons(counts) or "the files are empty"}')
   count = min(-(-sum(unit.num_bytes for unit in todo) // SHARD_BYTES), _MAX_SHARDS)
-  return [merge.Range(i, count, segments, dtype.str, request.validation_fraction) for i in range(count)]
+  how = segments, dtype.str, request.validation_fraction, request.format
+  return [merge.Range(i, count, *how) for i in range(count)]
 
 
 class _Report:
@@ -166,7 +169,8 @@ def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Repo
   shards = []
   for mark in merged:
     for shard in mark['shards']:
-      facts = {ending: mark['checksums'][shard['name'] + ending] for ending in merge.ENDINGS}
+      name, sums = shard['name'], mark['checksums']
+      facts = {file.removeprefix(name): sums[file] for file in sums if file.startswith(f'{name}.')}
       shards.append({**shard, 'files': facts})
   manifest.write(output, {
     'key': key,
@@ -180,13 +184,14 @@ def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Repo
       'settings': {'text_key': request.text_key, 'invalid_utf8': request.invalid_utf8,
                    'validation_fraction': request.validation_fraction, **dataclasses.asdict(request.limits)},
       'record_tokens': RECORD_TOKENS,
-      'versions': {name: importlib.metadata.version(name) for name in ('array_record', 'numpy', *_OPTIONAL)
+      'versions': {name: importlib.metadata.version(name) for name in (_WRITERS[request.format], 'numpy', *_OPTIONAL)
                    if importlib.util.find_spec(name)},
     },
   })  # fmt: skip
 
 
 _OPTIONAL = ('tokenizers', 'pyarrow')
+_WRITERS = {'arrayrecord': 'array_record', 'zarr3': 'tensorstore'}
 
 
 def summary(found: manifest.Manifest) -> list[str]:

@@ -76,8 +76,8 @@ def mark_of(folder: Path, key: str) -> dict:
   return json.loads((folder / f'{key}.json').read_text())
 
 
-def write_mark(folder: Path, key: str, files: list[Path], counts: dict) -> dict:
-  mark = {**counts, 'checksums': {file.name: manifest.facts(file) for file in files}}
+def write_mark(folder: Path, key: str, home: Path, files: list[str], counts: dict) -> dict:
+  mark = {**counts, 'checksums': {name: manifest.facts(home / name) for name in files}}
   storage.write(folder / f'{key}.json', json.dumps(mark) + '\n')
   return mark
 
@@ -101,8 +101,8 @@ def do(unit: Unit, folder: Path) -> dict:
     if segment is None:
       break
     segments.append(segment)
-    files += [folder / name for name in names(segment)]
-  return write_mark(folder, unit.key, files, {'files': counts.result(), 'segments': segments})
+    files += names(segment)
+  return write_mark(folder, unit.key, folder, files, {'files': counts.result(), 'segments': segments})
 
 
 def _write_segment(items: Iterator, code: tokenizer.Tokenizer, name: str, folder: Path) -> str | None:

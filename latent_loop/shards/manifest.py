@@ -17,7 +17,7 @@ _CHUNK = 4 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Two files by size and SHA-256; `name` is that of both without its ending."""
+  """Its files by size and SHA-256; `name` is that of all of them without its ending."""
 
   name: str
   documents: int
@@ -90,10 +90,12 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
   """Raises BadInput, naming it, for the first file that is missing or has another size; reads no file."""
   for name, (size, _) in all_files(manifest).items():
     path = folder / name
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-      state = 'missing' if found is None else f'it has {found} bytes, the manifest {size}'
-      raise BadInput(f'{path}: {state}; restore the file from a copy, or remove {folder} and prepare it anew')
+    try:
+      fault = '' if storage.has_size(path, size) else f'it has not the {size} bytes of the manifest'
+    except FileNotFoundError:
+      fault = 'missing'
+    if fault:
+      raise BadInput(f'{path}: {fault}; restore the file from a copy, or remove {folder} and prepare it anew')
 
 
 def damaged(folder: Path, manifest: Manifest) -> list[str]:

@@ -1,18 +1,21 @@
 """One split of a prepared folder as one long stream of tokens, of which any part can be read."""
 
 import bisect
+import io
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from latent_loop.errors import BadInput
+from latent_loop import storage
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.shards import manifest
 from latent_loop.shards.manifest import Manifest, Shard
-from latent_loop.shards.records import END, ROWS, Reader, token_dtype
+from latent_loop.shards.records import ARRAY_ENDING, END, ROWS, TOKENS_ENDING, Reader, token_dtype
+from latent_loop.storage import Path
 
-TOKENS_ENDING, INDEX_ENDING = '.arrayrecord', '.index.npy'
+INDEX_ENDING = '.index.npy'
+_DESCRIPTION = f'{ARRAY_ENDING}/zarr.json'
 
 
 class Stream:
@@ -61,7 +64,10 @@ class Stream:
   def _reader(self, k: int) -> Reader:
     if k not in self._readers:
       shard, dtype = self._shards[k], token_dtype(self._vocab_size)
-      path = self._folder / (shard.name + TOKENS_ENDING)
+      is_array = _DESCRIPTION in shard.files
+      path = self._folder / (shard.name + (ARRAY_ENDING if is_array else TOKENS_ENDING))
+      if is_array:
+        _check_description(self._folder / (shard.name + _DESCRIPTION), shard)
       self._readers[k] = Reader(path, dtype, shard.tokens, self._vocab_size)
     return self._readers[k]
 
@@ -71,15 +77,31 @@ class Stream:
     return self._indexes[k]
 
 
+def _check_description(path: Path, shard: Shard) -> None:
+  """What an array is, is said in a file without a checksum of its own."""
+  try:
+    if manifest.facts(path) != tuple(shard.files[_DESCRIPTION]):
+      raise ValueError('its size or SHA-256 is not that of the manifest')
+  except StoreFault:
+    raise
+  except (OSError, ValueError) as error:
+    raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error
+
+
 def _read_index(folder: Path, shard: Shard) -> np.ndarray:
   """The index of a shard, mapped into memory; it is small, so its checksum is compared whenever it is opened."""
   path = folder / (shard.name + INDEX_ENDING)
   try:
     if manifest.facts(path) != tuple(shard.files[INDEX_ENDING]):
       raise ValueError('its size or SHA-256 is not that of the manifest')
-    index = np.asarray(np.load(path, mmap_mode='r'))  # as a memmap, every slice would cost
+    if storage.is_local(path):
+      index = np.asarray(np.load(path, mmap_mode='r'))  # as a memmap, every slice would cost
+    else:
+      index = np.load(io.BytesIO(path.read_bytes()))
     if index.shape != (ROWS, shard.documents) or index[END, -1] != shard.tokens:
       raise ValueError(f'it has {index.shape} numbers where the manifest wants {(ROWS, shard.documents)}')
     return index
+  except StoreFault:
+    raise
   except (OSError, ValueError) as error:
     raise BadInput(f'{path}: cannot be used ({error}); restore the file from a copy, or prepare it anew') from error

@@ -111,6 +111,11 @@ def is_longer(place: Path, num_bytes: int) -> bool:
   return os.stat(place).st_size > num_bytes if is_local(place) else _objects().is_longer(str(place), num_bytes)
 
 
+def has_size(place: Path, num_bytes: int) -> bool:
+  """Whether a file has that many bytes, without reading it; raises FileNotFoundError."""
+  return not is_longer(place, num_bytes) and is_longer(place, num_bytes - 1)
+
+
 def _objects() -> types.ModuleType:
   from latent_loop.storage import objects  # only when a URL is given: it loads TensorStore
 

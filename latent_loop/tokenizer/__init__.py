@@ -1,10 +1,10 @@
 """Text to token ids and back: `load(name) -> Tokenizer`, by name 'bytes' or from a tokenizer.json."""
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from latent_loop import storage
 from latent_loop.tokenizer import bpe, utf8
 
 
@@ -42,4 +42,4 @@ class Bytes:
 
 def load(name: str) -> Tokenizer:
   """The tokenizer 'bytes', or that of the tokenizer.json at the path `name`; raises BadInput."""
-  return Bytes() if name == 'bytes' else bpe.FromFile(Path(name))
+  return Bytes() if name == 'bytes' else bpe.FromFile(storage.path(name, 'the tokenizer'))
