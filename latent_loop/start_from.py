@@ -50,7 +50,7 @@ def begin(config: Config, workdir: Path, source: Path | None) -> None:
 def _make(config: Config, workdir: Path, source: Path) -> None:
   mesh = meshes.make_mesh(config.mesh)
   loop.check_what_is_here(config, mesh)
-  _, _, data_fingerprint = loop.open_data(config, mesh)
+  _, _, data_fingerprint = loop.open_data(config, mesh, workdir)
   params, origin = _read(config, source, mesh)
   state = trained.first_state(config, params, mesh)
   open_workdir(workdir, config)
