@@ -48,3 +48,21 @@ def test_auto_is_what_the_platform_has(dtype, length, platform, want):
 def test_attention_that_is_not_there_is_a_sentence(kind, platform):
   with pytest.raises(BadInput, match=f"config.model.attention='{kind}' on {platform}"):
     choose_attention(tiny_config(**{'model.attention': kind}).model, 256, platform)
+
+
+def test_a_long_row_is_attended_to_in_halves_without_a_difference():
+  """Also one of an odd length, with documents that end on either side of the middle."""
+  T = 131
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(3))
+  ids_BT = jnp.asarray(np.stack([np.arange(T) // 50 + 1, np.ones(T)]), jnp.int32)
+  rows = Rows(jnp.zeros((2, T), jnp.int32), ids_BT)
+  mask = (ids_BT[:, :, None] == ids_BT[:, None, :])[:, None]
+
+  def grads(attention):
+    y, pull = jax.vjp(attention, q, k, v)
+    return y, pull(jnp.cos(y))
+
+  ours = grads(lambda q, k, v: plain_attention(q, k, v, rows))
+  theirs = grads(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
