@@ -15,6 +15,7 @@ def get_config():
   config.data.source = 'automaton'
   config.data.seq_len = 64
   config.data.max_difficulty = 8
+  config.data.validation_fraction = 0.01  # withholds no word of 1 or 2 moves: those teach what a move does
   config.model.width, config.model.mlp_dim, config.model.num_heads = 64, 128, 2
   config.model.num_prelude_layers, config.model.num_core_layers, config.model.num_coda_layers = 1, 1, 1
   config.model.remat = 'none'

@@ -76,15 +76,15 @@ def test_text_has_no_difficulties(tmp_path):
     difficulty.write(Trained(config, model, {}, mesh_of(), step=1), tmp_path, (1,), (1,))
 
 
-def test_a_picture_shows_the_mean_over_seeds_and_each_baseline_at_its_own_depth():
+def test_a_picture_has_the_loop_first_and_baselines_at_their_own_depth():
   run = lambda name, law, mean, match, seed: {
     'name': name, 'task': 'walk', 'depth_law': law, 'mean_depth': mean, 'seed': seed, 'chance_accuracy': 0.1,
     'trained_difficulties': [1, 4], 'exact_match': match,
   }  # fmt: skip
   runs = [run('walk', 'poisson', 2, {'4': {'1': 0.2 + s, '2': 0.9}, '6': {'1': 0, '2': 0.5}}, s) for s in (0, 0.2)]
   runs.append(run('walk_same_params', 'fixed', 1, {'4': {'1': 0.3, '2': 0}, '6': {'1': 0.1, '2': 0}}, 0))
-  loops, fixed = heat_map.by_task(runs)['walk']
-  assert [len(same) for same in loops] == [2] and [same[0]['name'] for same in fixed] == ['walk_same_params']
-  np.testing.assert_allclose(heat_map.values_of(loops[0], ['1', '2']).mean(axis=0), [[0.3, 0.9], [0, 0.5]])
-  np.testing.assert_allclose(heat_map.values_of(fixed[0], ['1']), [[[0.3], [0.1]]])
+  loops, fixed = heat_map.experiments_of(runs[::-1])['walk']
+  assert [run['name'] for run in loops + fixed] == ['walk', 'walk', 'walk_same_params']
+  np.testing.assert_allclose(heat_map.column(loops, '1').mean(axis=0), [0.3, 0])
+  np.testing.assert_allclose(heat_map.column(fixed, '1'), [[0.3, 0.1]])
   assert heat_map.png_of(runs).startswith(b'\x89PNG')

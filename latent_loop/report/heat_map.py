@@ -6,62 +6,59 @@ from typing import Any
 
 import numpy as np
 
-Runs = Sequence[dict[str, Any]]  # difficulties.json of each
+Run = dict[str, Any]  # difficulties.json of a run
 
 
-def by_task(runs: Runs) -> dict[str, tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]]:
-  """Task -> (experiments that loop, experiments of fixed depth); an experiment is a list of runs, one a seed."""
-  experiments: dict[str, list[dict[str, Any]]] = {}
-  for run in runs:
-    experiments.setdefault(run['name'], []).append(run)
-  out: dict[str, Any] = {}
-  for same in experiments.values():
-    loops, fixed = out.setdefault(same[0]['task'], ([], []))
-    (fixed if same[0]['depth_law'] == 'fixed' else loops).append(same)
-  return out
+def experiments_of(runs: Sequence[Run]) -> dict[str, list[list[Run]]]:
+  """Task -> its experiments, the one that loops first; an experiment is a list of runs that differ in their seed."""
+  tasks: dict[str, dict[str, list[Run]]] = {}
+  for run in sorted(runs, key=lambda run: run['depth_law'] == 'fixed'):
+    tasks.setdefault(run['task'], {}).setdefault(run['name'], []).append(run)
+  return {task: list(experiments.values()) for task, experiments in tasks.items()}
 
 
-def values_of(same: list[dict[str, Any]], depths: Sequence[str]) -> np.ndarray:
-  """[seeds, difficulties, depths] of one experiment."""
-  return np.array([[[row[depth] for depth in depths] for row in run['exact_match'].values()] for run in same])
+def column(experiment: Sequence[Run], depth: str) -> np.ndarray:
+  """[seeds, difficulties] at one depth."""
+  return np.array([[by_depth[depth] for by_depth in run['exact_match'].values()] for run in experiment])
 
 
-def png_of(runs: Runs) -> bytes:
+def png_of(runs: Sequence[Run]) -> bytes:
   """The picture; a cell holds the mean over seeds in percent, and the worst and the best seed below it."""
   from matplotlib.figure import Figure  # most of a second, which programs that draw nothing need not wait
 
-  tasks = by_task(runs)
+  tasks = experiments_of(runs)
   figure = Figure(figsize=(12, 4.2 * len(tasks)), layout='constrained')
-  axes = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(3, 1))
-  for row, (task, (loops, fixed)) in zip(axes, tasks.items(), strict=True):
-    for same in loops:  # a task has one
-      depths = list(next(iter(same[0]['exact_match'].values())))
-      first, (low, high) = same[0], same[0]['trained_difficulties']
-      _cells(row[0], values_of(same, depths), depths, same, high)
-      row[0].axvline(depths.index(str(first['mean_depth'])) - 0.5, color='white', linestyle=':')
-      row[0].set(
-        xlabel=f'test-time depth (dotted: the mean of training, {first["mean_depth"]})',
-        ylabel=f'difficulty (trained: {low} to {high})',
-        title=f'{task}: exact match in %, {len(same)} seeds, chance {100 * first["chance_accuracy"]:.0f} %',
-      )
-    if fixed:
-      values = np.concatenate([values_of(same, [str(same[0]['mean_depth'])]) for same in fixed], axis=2)
-      labels = [same[0]['name'].removeprefix(f'{task}_').replace('_', '\n') for same in fixed]
-      _cells(row[1], values, labels, fixed[0], high)
-      row[1].set(title='fixed depth')
+  axes = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(4, 1))
+  for (left, right), (task, (looped, *fixed)) in zip(axes, tasks.items(), strict=True):
+    first = looped[0]
+    name, mean, (low, high) = first['name'], str(first['mean_depth']), first['trained_difficulties']
+    depths = list(next(iter(first['exact_match'].values())))
+    difficulties = list(first['exact_match'])
+    _draw(left, {depth: column(looped, depth) for depth in depths}, difficulties, high)
+    left.set(
+      xlabel=f'test-time depth; the mean of training is {mean}',
+      ylabel=f'difficulty; trained: {low} to {high}',
+      title=f'{task}: exact match in %, seeds {", ".join(str(run["seed"]) for run in looped)}, '
+      f'chance {100 * first["chance_accuracy"]:.0f} %',
+    )
+    baselines = {same[0]['name'].removeprefix(f'{name}_').replace('_', '\n'): same for same in fixed}
+    own_depth = {label: column(same, str(same[0]['mean_depth'])) for label, same in baselines.items()}
+    _draw(right, own_depth, difficulties, high)
+    right.set(title='fixed depth')
   png = io.BytesIO()
   figure.savefig(png, format='png', dpi=110)
   return png.getvalue()
 
 
-def _cells(axes: Any, values: np.ndarray, labels: list[str], same: list[dict[str, Any]], high: int) -> None:
-  """values: [seeds, difficulties, columns]; a line parts the difficulties of training from harder ones."""
-  difficulties = list(same[0]['exact_match'])
-  axes.imshow(values.mean(axis=0), vmin=0, vmax=1, cmap='viridis', aspect='auto')
-  axes.set_xticks(range(len(labels)), labels)
+def _draw(axes: Any, columns: dict[str, np.ndarray], difficulties: list[str], hardest: int) -> None:
+  """columns: label -> [seeds, difficulties]; a line parts the difficulties of training from harder ones."""
+  means = np.array([values.mean(axis=0) for values in columns.values()]).reshape(-1, len(difficulties)).T
+  axes.imshow(means, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+  axes.set_xticks(range(len(columns)), columns)
   axes.set_yticks(range(len(difficulties)), difficulties)
-  axes.axhline(sum(int(d) <= high for d in difficulties) - 0.5, color='white')
-  for (y, x), mean in np.ndenumerate(values.mean(axis=0)):
-    worst, best = 100 * values[:, y, x].min(), 100 * values[:, y, x].max()
-    spread = '' if len(values) == 1 else f'\n{worst:.0f}-{best:.0f}'
-    axes.text(x, y, f'{100 * mean:.1f}{spread}', ha='center', va='center', fontsize=8, color='wk'[int(mean > 0.6)])
+  axes.axhline(sum(int(d) <= hardest for d in difficulties) - 0.5, color='white')
+  for x, values in enumerate(columns.values()):
+    for y, (mean, worst, best) in enumerate(zip(means[:, x], values.min(axis=0), values.max(axis=0), strict=True)):
+      spread = '' if len(values) == 1 else f'\n{100 * worst:.0f} to {100 * best:.0f}'
+      text = f'{100 * mean:.1f}{spread}'
+      axes.text(x, y, text, ha='center', va='center', fontsize=8, color='black' if mean > 0.6 else 'white')
