@@ -17,15 +17,24 @@ _OUTPUT = flags.DEFINE_string('output', None, 'where .json and .png go, without 
 
 def main() -> int:
   from latent_loop import storage
-  from latent_loop.interop.files import read_json
+  from latent_loop.errors import BadInput
+  from latent_loop.interop.files import entry, read_json
   from latent_loop.report import heat_map
 
   output = program.workdir_of(_OUTPUT.value, '--output')
+  if not output.parent.is_dir():
+    raise BadInput(f'--output={output}: not a file in a folder that exists; give another path, or make the folder')
   source, picture = output.with_name(f'{output.name}.json'), output.with_name(f'{output.name}.png')
   if _RUNS.value:
-    runs = [read_json(program.workdir_of(run, '--run') / 'difficulties.json') for run in _RUNS.value]
-    storage.write(source, json.dumps({'runs': runs}, indent=1) + '\n')
-  picture.write_bytes(heat_map.png_of(read_json(source)['runs']))
+    files = [program.workdir_of(run, '--run') / 'difficulties.json' for run in _RUNS.value]
+    gathered = {'runs': [read_json(file) for file in files]}
+    for run, file in zip(gathered['runs'], files, strict=True):
+      heat_map.check(run, file)
+    storage.write(source, json.dumps(gathered, indent=1) + '\n')
+  runs = entry(source, read_json(source), 'runs', list)
+  for run in runs:
+    heat_map.check(run, source)
+  picture.write_bytes(heat_map.png_of(runs))
   print(f'wrote {picture} from {source}')
   return 0
 

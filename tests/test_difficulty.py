@@ -88,3 +88,19 @@ def test_a_picture_has_the_loop_first_and_baselines_at_their_own_depth():
   np.testing.assert_allclose(heat_map.column(loops, '1').mean(axis=0), [0.3, 0])
   np.testing.assert_allclose(heat_map.column(fixed, '1'), [[0.3, 0.1]])
   assert heat_map.png_of(runs).startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+  'broken', [[], {}, {'mean_depth': 4}, {'exact_match': {'4': {'1': 'all'}}}, {'trained_difficulties': 4}]
+)
+def test_what_is_no_report_of_difficulties_is_refused(broken):
+  run = {
+    'name': 'walk', 'task': 'walk', 'depth_law': 'fixed', 'mean_depth': 1, 'seed': 0, 'chance_accuracy': 0.1,
+    'trained_difficulties': [1, 4], 'exact_match': {'4': {'1': 0.2}},
+  }  # fmt: skip
+  heat_map.check(run, 'a.json')
+  with pytest.raises(BadInput, match='a.json: not what launch.evaluate difficulties writes'):
+    heat_map.check(run | broken if broken else broken, 'a.json')
+  other = run | {'exact_match': {'4': {'2': 0.2}}}
+  with pytest.raises(BadInput, match='the runs on walk were asked different'):
+    heat_map.experiments_of([run, other])

@@ -6,14 +6,34 @@ from typing import Any
 
 import numpy as np
 
+from latent_loop.errors import BadInput
+
 Run = dict[str, Any]  # difficulties.json of a run
+
+
+def check(run: Any, where: object) -> None:
+  """Raises BadInput when `run`, read from `where`, is not what launch.evaluate difficulties writes."""
+  try:
+    values = column([run], str(run['mean_depth'])).astype(float)
+    low, high = map(int, run['trained_difficulties'])
+    text = f'{run["task"]} {run["name"]} {run["seed"]} {run["depth_law"]} {run["chance_accuracy"]:f}'
+    good = values.ndim == 2 and values.size and low <= high and text.isprintable()
+  except (AttributeError, KeyError, TypeError, ValueError):
+    good = False
+  if not good:
+    raise BadInput(f'{where}: not what launch.evaluate difficulties writes, or not at the mean depth; write it again')
 
 
 def experiments_of(runs: Sequence[Run]) -> dict[str, list[list[Run]]]:
   """Task -> its experiments, the one that loops first; an experiment is a list of runs that differ in their seed."""
   tasks: dict[str, dict[str, list[Run]]] = {}
+  asked: dict[str, set[str]] = {}
   for run in sorted(runs, key=lambda run: run['depth_law'] == 'fixed'):
     tasks.setdefault(run['task'], {}).setdefault(run['name'], []).append(run)
+    asked.setdefault(run['task'], set()).add(str([(d, *by_depth) for d, by_depth in run['exact_match'].items()]))
+  for task, kinds in asked.items():
+    if len(kinds) > 1:
+      raise BadInput(f'the runs on {task} were asked different difficulties or depths; evaluate them again, alike')
   return {task: list(experiments.values()) for task, experiments in tasks.items()}
 
 
