@@ -64,12 +64,24 @@ def solve_automaton(text):
   return [str(ends[int(start)])]
 
 
+def solve_shell_game(text):
+  """By the row of all cups, each named for where it began."""
+  start, swaps = re.match(r'(\d)([a-j]+)=', text).groups()
+  row = list('01234')
+  pairs = ['01', '02', '03', '04', '12', '13', '14', '23', '24', '34']
+  for letter in swaps:
+    a, b = map(int, pairs['abcdefghij'.index(letter)])
+    row[a], row[b] = row[b], row[a]
+  return [str(row.index(start))]
+
+
 SOLVERS = {
   'addition': solve_addition,
   'prefix_sum': solve_prefix_sum,
   'pointer_chasing': solve_pointer_chasing,
   'permutation_composition': solve_permutation_composition,
   'automaton': solve_automaton,
+  'shell_game': solve_shell_game,
 }
 
 
@@ -135,7 +147,8 @@ def possible(name, start, given):
   if name == 'pointer_chasing':  # neither the letter asked about nor an answer already given
     return sorted(set('abcdefghijklmnopq') - {start, *given})
   digits = '0123456789'
-  return {'addition': digits, 'prefix_sum': '01', 'permutation_composition': 'abcdef', 'automaton': digits}[name]
+  allowed = {'addition': digits, 'automaton': digits, 'shell_game': digits[:5], 'prefix_sum': '01'}
+  return {**allowed, 'permutation_composition': 'abcdef'}[name]
 
 
 @pytest.mark.parametrize('name', NAMES)
