@@ -21,7 +21,7 @@ def get_config():
   config.model.remat = 'none'
   config.depth.mean, config.depth.backprop_depth = 8, 6
   config.optim.kind = 'muon'
-  config.optim.learning_rate, config.optim.adam_learning_rate = 2e-2, 4e-3
+  config.optim.learning_rate, config.optim.adam_learning_rate = 1e-2, 2e-3
   config.optim.b2 = 0.98
   config.optim.weight_decay = 0.01
   config.optim.warmup_steps = 50
