@@ -1,6 +1,9 @@
 """Exact match by difficulty and depth: what counts as right, which instances are asked, what is drawn."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from latent_loop.errors import BadInput
 from latent_loop.evals.exact import make_right_eval, whole_answers
 from latent_loop.report import heat_map
 from latent_loop.trained import Trained
+from tests.reading_path import ROOT
 from tests.tiny import B, T, mesh_of, random_batch, random_params, rows_of, tiny_config, tiny_model
 
 
@@ -104,3 +108,36 @@ def test_what_is_no_report_of_difficulties_is_refused(broken):
   other = run | {'exact_match': {'4': {'2': 0.2}}}
   with pytest.raises(BadInput, match='the runs on walk were asked different'):
     heat_map.experiments_of([run, other])
+
+
+FAKE = r"""#!/usr/bin/env bash
+echo "$@" >>calls
+case "$*" in
+  *launch.train*--workdir=*flops_0) [ -f repaired ] || exit 2 ;;
+  *launch.evaluate*) all=$*; run=${all#*--workdir=}; mkdir -p "${run%% *}"; touch "${run%% *}/difficulties.json" ;;
+esac
+"""
+
+
+def test_the_driver_goes_on_where_it_was_cut_off(tmp_path):
+  """With a python that only notes what it is asked: two runs fail, are tried again, and the rest is not."""
+  (tmp_path / 'launch').mkdir()
+  for name in ('think_longer.sh', 'env.sh', 'keep_going.sh'):
+    shutil.copy(ROOT / 'launch' / name, tmp_path / 'launch')
+  python = tmp_path / 'bin' / 'python'
+  python.parent.mkdir()
+  python.write_text(FAKE)
+  python.chmod(0o755)
+  drive = lambda: subprocess.run(
+    ['bash', tmp_path / 'launch/think_longer.sh'],
+    env={'PATH': f'{python.parent}:{os.environ["PATH"]}', 'VENV': 'none', 'SEEDS': '0'},
+    timeout=60,
+  )
+  calls = lambda word: [line for line in (tmp_path / 'calls').read_text().splitlines() if word in line]
+  assert drive().returncode != 0
+  assert len(calls('launch.train')) == 6 and len(calls('launch.evaluate')) == 4 and not calls('launch.heat_map')
+  (tmp_path / 'repaired').touch()
+  assert drive().returncode == 0
+  assert len(calls('launch.train')) == 8 and len(calls('launch.evaluate')) == 6
+  (drawn,) = calls('launch.heat_map')
+  assert drawn.count('--run=runs/think_longer/') == 6 and '--run=runs/think_longer/automaton_same_params_0' in drawn
