@@ -61,9 +61,10 @@ def png_of(runs: Sequence[Run]) -> bytes:
       title=f'{task}: exact match in %, seeds {", ".join(str(run["seed"]) for run in looped)}, '
       f'chance {100 * first["chance_accuracy"]:.0f} %',
     )
-    baselines = {same[0]['name'].removeprefix(f'{name}_').replace('_', '\n'): same for same in fixed}
-    own_depth = {label: column(same, str(same[0]['mean_depth'])) for label, same in baselines.items()}
-    _draw(right, own_depth, difficulties, high)
+    if fixed:
+      baselines = {same[0]['name'].removeprefix(f'{name}_').replace('_', '\n'): same for same in fixed}
+      own_depth = {label: column(same, str(same[0]['mean_depth'])) for label, same in baselines.items()}
+      _draw(right, own_depth, difficulties, high)
     right.set(title='fixed depth')
   png = io.BytesIO()
   figure.savefig(png, format='png', dpi=110)
