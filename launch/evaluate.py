@@ -2,6 +2,8 @@
 
 exits: what each rule for stopping early saves and costs, up to one depth, and at which depths tokens of each kind, each
 difficulty of a task or each folder of a mixture leave: ... exits --workdir=runs/tiny_text [--target_depth=4]
+
+difficulties: whole answers of a task by difficulty and depth: ... difficulties --workdir=runs/tiny_task --difficulty=9
 """
 
 import math
@@ -14,6 +16,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _DEPTHS = flags.DEFINE_multi_integer(
   'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
 )
+_DIFFICULTIES = flags.DEFINE_multi_integer(
+  'difficulty', None, 'of a task; repeat for more; default the hardest of training, 1.5 times and twice that', 1
+)
 _TARGET = flags.DEFINE_float('target_depth', None, 'exits: also the rules that keep to this mean depth', 1)
 
 
@@ -24,7 +29,7 @@ def main(verb: str) -> int:
   workdir = program.workdir_of(_WORKDIR.value)
   model = trained.load(workdir)
   source = data.make_source(model.config)
-  return {'depths': _by_depth, 'exits': _by_exit_rule}[verb](workdir, model, source)
+  return {'depths': _by_depth, 'exits': _by_exit_rule, 'difficulties': _by_difficulty}[verb](workdir, model, source)
 
 
 def _by_depth(workdir, model, source) -> int:
@@ -60,5 +65,20 @@ def _by_exit_rule(workdir, model, source) -> int:
   return 0
 
 
+def _by_difficulty(workdir, model, source) -> int:
+  import json
+
+  from latent_loop import difficulty
+  from latent_loop.evals import depth as depth_eval
+
+  mean = model.config.depth.mean
+  depths = depth_eval.check_depths(tuple(_DEPTHS.value)) if _DEPTHS.value else depth_eval.default_depths(mean)
+  asked = _DIFFICULTIES.value or difficulty.default_difficulties(model.config.data)
+  path = difficulty.write(model, workdir, asked, depths)
+  print('\n'.join(difficulty.table(json.loads(path.read_text()))))
+  print(f'wrote {path}')
+  return 0
+
+
 if __name__ == '__main__':
-  program.run(main, verbs=('depths', 'exits'))
+  program.run(main, verbs=('depths', 'exits', 'difficulties'))

@@ -110,6 +110,7 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
     ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
     ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
+    ('heat_map', ['--output=/tmp/none/x'], 'not a file in a folder that exists'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
     ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
@@ -297,6 +298,10 @@ def test_evaluate_generate_and_lens(copy):
   assert result.returncode == 0, result.stderr
   report = json.loads((copy / 'depth_report.json').read_text())
   assert list(report['loss_by_depth']) == ['1', '2', '3', '6', '24']
+  result = launch('evaluate', 'difficulties', f'--workdir={copy}', '--difficulty=2', '--depths=6', '--depths=1')
+  assert result.returncode == 0 and 'r = 1    r = 6' in result.stdout, result.stderr
+  result = launch('heat_map', f'--run={copy}', f'--output={copy}/map')
+  assert result.returncode == 0 and (copy / 'map.png').exists(), result.stderr
   result = launch(
     'generate',
     f'--workdir={copy}',

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -54,11 +55,33 @@ def solve_permutation_composition(text):
   return [next(letter for letter, m in matrices.items() if (m == product).all())]
 
 
+def solve_automaton(text):
+  """All ten machines at once: a move rearranges the row of states in which they are."""
+  start, moves = re.match(r'(\d)([abcd]+)=', text).groups()
+  ends = np.arange(10)
+  for move in moves:
+    ends = np.array([7613240958, 9637108452, 7542961308, 1826095734][ord(move) - ord('a')] // 10 ** (9 - ends) % 10)
+  return [str(ends[int(start)])]
+
+
+def solve_shell_game(text):
+  """By the row of all cups, each named for where it began."""
+  start, swaps = re.match(r'(\d)([a-j]+)=', text).groups()
+  row = list('01234')
+  pairs = ['01', '02', '03', '04', '12', '13', '14', '23', '24', '34']
+  for letter in swaps:
+    a, b = map(int, pairs['abcdefghij'.index(letter)])
+    row[a], row[b] = row[b], row[a]
+  return [str(row.index(start))]
+
+
 SOLVERS = {
   'addition': solve_addition,
   'prefix_sum': solve_prefix_sum,
   'pointer_chasing': solve_pointer_chasing,
   'permutation_composition': solve_permutation_composition,
+  'automaton': solve_automaton,
+  'shell_game': solve_shell_game,
 }
 
 
@@ -123,7 +146,9 @@ def possible(name, start, given):
   """The answer bytes that the form of the task allows after `given` answers."""
   if name == 'pointer_chasing':  # neither the letter asked about nor an answer already given
     return sorted(set('abcdefghijklmnopq') - {start, *given})
-  return {'addition': '0123456789', 'prefix_sum': '01', 'permutation_composition': 'abcdef'}[name]
+  digits = '0123456789'
+  allowed = {'addition': digits, 'automaton': digits, 'shell_game': digits[:5], 'prefix_sum': '01'}
+  return {**allowed, 'permutation_composition': 'abcdef'}[name]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -146,6 +171,34 @@ def test_no_answer_is_more_frequent_than_chance(name):
   for column in given.T:
     most = np.unique(column, return_counts=True)[1].max() / len(column)
     assert most < chance + 4 * np.sqrt(chance / len(column))
+
+
+def test_the_moves_of_the_automaton_make_every_rearrangement():
+  """Any pair of states goes to any other, a power of some word is a cycle of 7, some move is odd: by Jordan, S10."""
+  moves = [tuple(map(int, images)) for images in tasks._MOVES.values()]
+  assert all(sorted(move) == list(range(10)) for move in moves)
+  pairs, fresh = {(0, 1)}, [(0, 1)]
+  while fresh:
+    a, b = fresh.pop()
+    new = {(move[a], move[b]) for move in moves} - pairs
+    pairs |= new
+    fresh += new
+  assert len(pairs) == 90
+  words = [tuple(reduce(lambda i, m: m[i], word, i) for i in range(10)) for word in itertools.product(moves, repeat=5)]
+  assert any(sorted(cycles(word)) == [1, 2, 7] for word in words)
+  assert any(sum(length - 1 for length in cycles(move)) % 2 for move in moves)
+
+
+def cycles(permutation):
+  """The lengths of its cycles."""
+  lengths, seen = [], set()
+  for i in range(len(permutation)):
+    length = 0
+    while i not in seen:
+      seen.add(i)
+      i, length = permutation[i], length + 1
+    lengths += [length] if length else []
+  return lengths
 
 
 @pytest.mark.parametrize('name', NAMES)

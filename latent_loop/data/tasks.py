@@ -19,6 +19,8 @@ from latent_loop.tokenizer import utf8
 
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 _PERMUTATIONS = tuple(itertools.permutations(range(3)))
+_SWAPS = tuple(itertools.combinations(range(5), 2))
+_MOVES = {'a': '7613240958', 'b': '9637108452', 'c': '7542961308', 'd': '1826095734'}  # letter -> next state of 0 .. 9
 _SPLITS = {'train': 0, 'validation': 1}
 
 
@@ -80,6 +82,34 @@ def permutation_composition(rng: np.random.Generator, difficulty: int) -> Instan
   return Instance(question, ((question + '=', False), (_LETTERS[_PERMUTATIONS.index(arrangement)], True)))
 
 
+def automaton(rng: np.random.Generator, difficulty: int) -> Instance:
+  """A machine of ten states: where it starts, `difficulty` moves, and where it ends.
+
+  Each letter moves every state in its own way, the same in all instances. Words of moves make every one of the 10!
+  rearrangements of the states, so that knowing what words do is no way around walking through them.
+  """
+  start, moves = str(rng.integers(0, 10)), ''.join(rng.choice(list(_MOVES), difficulty))
+  state = start
+  for move in moves:
+    state = _MOVES[move][int(state)]
+  question = f'{start}{moves}='
+  return Instance(question, ((question, False), (state, True)))
+
+
+def shell_game(rng: np.random.Generator, difficulty: int) -> Instance:
+  """Five cups: under which the ball is, `difficulty` swaps, and where it is then.
+
+  Each letter swaps two cups. Three of five swaps leave the ball alone, but which ones only the swaps before tell.
+  """
+  start, swaps = int(rng.integers(0, 5)), rng.integers(0, len(_SWAPS), difficulty).tolist()
+  cup = start
+  for i in swaps:
+    a, b = _SWAPS[i]
+    cup = b if cup == a else a if cup == b else cup
+  question = f'{start}{"".join(_LETTERS[i] for i in swaps)}='
+  return Instance(question, ((question, False), (str(cup), True)))
+
+
 # name -> (generator, accuracy of an answer byte guessed by one who knows the form of the task and the answers
 # before it, but not the question). Pointer chasing: a letter that is neither the start nor already an answer;
 # the start is among i answers with chance i / 16.
@@ -88,6 +118,8 @@ TASKS: dict[str, tuple[Callable[[np.random.Generator, int], Instance], float]] =
   'prefix_sum': (prefix_sum, 1 / 2),
   'pointer_chasing': (pointer_chasing, sum(1 / 16 + i / 16 / (17 - i) for i in range(4)) / 4),
   'permutation_composition': (permutation_composition, 1 / 6),
+  'automaton': (automaton, 1 / 10),
+  'shell_game': (shell_game, 1 / 5),
 }
 
 
