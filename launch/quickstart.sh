@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
 ensure_environment
+keep_freed_memory
 
 echo
 echo "1 of 2: a language model on the text that Python ships (runs/tiny_text)"

@@ -12,7 +12,7 @@ import runpy
 
 from absl import flags
 
-from launch import program
+from launch import program, xla_flags
 
 _STUDY = flags.DEFINE_string('study', None, 'run: file of the study, such as experiments/studies/recipe.py')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'run: folder for the runs')
@@ -31,6 +31,7 @@ def _run() -> int:
   from latent_loop import study
   from latent_loop.exit_codes import DONE
 
+  xla_flags.keep_memory()  # for the trials, which inherit it
   name, variants, depths = _read_study()
   results = _path('results')
   todo = study.trials(variants, _SEEDS.value, _path('workdir'))
