@@ -1,8 +1,8 @@
 """Does thinking longer solve harder problems than any in training? A machine of ten states, at most 8 moves.
 
-One layer each in prelude, core and coda: an iteration walks about one move further, and the mean depth does for what
+One layer each in prelude, core and coda: an iteration walks at most two moves further, and the mean depth does for what
 training has. 12 and 16 moves are never seen, and need more iterations. launch/think_longer.sh runs it with its
-baselines, which have the same parameters and the same training FLOPs in layers that run once.
+baselines, which have the same parameters and the same training FLOPs in layers that run once. Five minutes on one core.
 """
 
 from latent_loop.config import Config
