@@ -326,9 +326,7 @@ class GuardConfig:
   on_alarm: Literal['warn', 'stop'] = 'warn'  # what the alarms below do; stop = exit code 11
   alarm_patience: int = 2  # evaluations in a row that must raise an alarm about depth
   alarm_after_steps: int = 1000  # from which step on depth must pay and iterations contract
-  max_token_correlation: float = (
-    0.95  # of the states at the mean depth, as a share of what is possible; above: collapse
-  )
+  max_token_correlation: float = 0.95  # of states at the mean depth, as a share of what can be; above: collapse
   min_depth_gain: float = 0.005  # nats between depth 1 and the mean; below: the state is ignored
   max_contraction: float = 1.0  # factor on the residual per iteration past the mean depth
   max_loss: float | None = None  # nats per token, of logged steps ...
@@ -385,6 +383,12 @@ class Config:
     _require(
       seq_len % min(chunk, seq_len) == 0,
       f'config.train.loss_chunk={chunk} does not divide config.data.seq_len={seq_len}; use a divisor',
+    )
+    needed = 1 - (-self.guard.alarm_patience * self.eval.every_steps // self.checkpoint.every_steps)
+    _require(
+      not self.guard.rollback or self.guard.on_alarm == 'warn' or self.checkpoint.keep_last >= needed,
+      "config.guard.rollback with on_alarm='stop' returns to ahead of the last alarm_patience evaluations; raise "
+      f'config.checkpoint.keep_last={self.checkpoint.keep_last} to {needed}, with these intervals',
     )
     steps = self.train.num_steps
     ramps = self.optim.warmup_of(steps) + self.optim.cooldown_of(steps)

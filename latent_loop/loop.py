@@ -190,8 +190,8 @@ def evaluate_on_the_way(this: Run, step: int, logger: Logger, watch: Watchdog) -
   this.evaluations.append(evaluate(this, step))
   logger.restart_clock()
   for sentence in alarms.sentences(this.evaluations, this.config.guard, this.config.data.seq_len):
-    first = this.evaluations[-this.config.guard.alarm_patience]['step']
-    logger.alarms.append(Trouble(first, step, sentence))
+    healthy = this.evaluations[: -this.config.guard.alarm_patience]  # the trouble began after the last of these
+    logger.alarms.append(Trouble(healthy[-1]['step'] + 1 if healthy else 1, step, sentence))
 
 
 def alarmed(this: Run, logger: Logger, watch: Watchdog) -> int | None:

@@ -55,6 +55,7 @@ def _make(config: Config, workdir: Path, source: Path) -> None:
   state = trained.first_state(config, params, mesh)
   open_workdir(workdir, config)
   if jax.process_index() == 0:
+    Folder(workdir).clean_up()  # a step 0 that a kill left without its manifest
     storage.write(workdir / RECORD, json.dumps({'source': str(source), **origin}, indent=2) + '\n')
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': data_fingerprint})

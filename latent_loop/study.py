@@ -16,11 +16,13 @@ from typing import Any
 
 from latent_loop import storage
 from latent_loop.config import Config
+from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE, PREEMPTED
 from latent_loop.interrupt import StopRequest
 from latent_loop.metrics import read_lines
 from latent_loop.price import price
-from latent_loop.sealing import write_experiment
+from latent_loop.sealing import differences, write_experiment
+from latent_loop.workdir import read_config
 
 _ROOT = Path(__file__).parent.parent
 _LOOK_SECS = 0.2
@@ -60,35 +62,50 @@ def trials(variants: Mapping[str, Config], seeds: Sequence[int], workdir: Path) 
 def run(todo: Sequence[Trial], depths: Sequence[int], processes: int, say: Callable[[str], None]) -> int:
   """Trains `processes` trials at once, each on its share of the cores, and evaluates each at `depths` too.
 
-  Returns an exit code. After a trial that fails, and after a signal, nothing more is started.
+  Returns an exit code. After a trial that fails, and after a signal, nothing more is started. Raises BadInput for a
+  folder of another config, before anything is started.
   """
   began, code = time.monotonic(), DONE
+  _check_owners(todo)
   waiting = [(trial, trial.commands(depths)) for trial in todo if not trial.is_done(depths)]
   running: list[tuple[subprocess.Popen, Trial, list[list[str]]]] = []
   left = len(waiting)
   say(f'{len(todo)} trials, {left} to do')
   with StopRequest() as stop:
-    while running or (waiting and code == DONE):
-      if stop.requested() and code == DONE:
-        code = PREEMPTED
-        for process, *_ in running:
-          process.terminate()
-      while waiting and len(running) < processes and code == DONE:
-        trial, (first, *rest) = waiting.pop(0)
-        running.append((_start(trial, first, processes), trial, rest))
-      time.sleep(_LOOK_SECS)
-      for entry in [entry for entry in running if entry[0].poll() is not None]:
-        running.remove(entry)
-        process, trial, rest = entry
-        if process.returncode != DONE:
-          code = process.returncode if code == DONE else code
-          say(f'{trial.folder.name}: ended with exit code {process.returncode}; its words are in {trial.folder}.log')
-        elif rest and code == DONE:
-          running.append((_start(trial, rest[0], processes), trial, rest[1:]))
-        elif not rest:
-          left -= 1
-          say(f'{trial.folder.name}: done after {time.monotonic() - began:.0f} s, {left} left')
+    try:
+      while running or (waiting and code == DONE):
+        if stop.requested() and code == DONE:
+          code = PREEMPTED
+          for process, *_ in running:
+            process.terminate()
+        while waiting and len(running) < processes and code == DONE:
+          trial, (first, *rest) = waiting.pop(0)
+          running.append((_start(trial, first, processes), trial, rest))
+        time.sleep(_LOOK_SECS)
+        for entry in [entry for entry in running if entry[0].poll() is not None]:
+          running.remove(entry)
+          process, trial, rest = entry
+          if process.returncode != DONE:
+            code = process.returncode if code == DONE else code
+            say(f'{trial.folder.name}: ended with exit code {process.returncode}; its words are in {trial.folder}.log')
+          elif rest and code == DONE:
+            running.append((_start(trial, rest[0], processes), trial, rest[1:]))
+          elif not rest:
+            left -= 1
+            say(f'{trial.folder.name}: done after {time.monotonic() - began:.0f} s, {left} left')
+    finally:  # of an error here, too: they are in sessions of their own
+      for process, *_ in running:
+        process.terminate()
   return code
+
+
+def _check_owners(todo: Sequence[Trial]) -> None:
+  for trial in todo:
+    if (trial.folder / 'config.json').exists():
+      changed = differences(read_config(trial.folder), trial.config)
+      what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
+      if changed:
+        raise BadInput(f'{trial.folder} belongs to another config: {what}; undo the change, or give another --workdir')
 
 
 def _start(trial: Trial, command: list[str], processes: int) -> subprocess.Popen:

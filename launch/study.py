@@ -29,12 +29,19 @@ def main(verb: str) -> int:
 
 def _run() -> int:
   from latent_loop import study
+  from latent_loop.errors import BadInput
   from latent_loop.exit_codes import DONE
 
   xla_flags.keep_memory()  # for the trials, which inherit it
   name, variants, depths = _read_study()
-  results = _path('results')
-  todo = study.trials(variants, _SEEDS.value, _path('workdir'))
+  results, workdir = _path('results'), _path('workdir')
+  if not results.parent.is_dir():
+    raise BadInput(f'--results={results}: not a file in a folder that exists; make the folder, or give another')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
+  todo = study.trials(variants, _SEEDS.value, workdir)
   code = study.run(todo, depths, _PROCESSES.value, lambda line: print(line, flush=True))
   if code == DONE:
     rows = study.results(todo)
@@ -82,10 +89,12 @@ def _draw() -> int:
   from latent_loop.report import study
 
   results, figure = _path('results'), _path('figure')
+  if not figure.parent.is_dir():
+    raise BadInput(f'--figure={figure}: not a file in a folder that exists; make the folder, or give another')
   try:
     found = json.loads(results.read_text())
     study.draw(figure, found['study'], found['runs'])
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, LookupError, TypeError) as error:
     raise BadInput(
       f'--results={results}: not the results of a study ({error!r}); let launch.study run write it'
     ) from error

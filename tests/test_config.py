@@ -16,6 +16,7 @@ from latent_loop.optim import make_optimizer
 from latent_loop.parallel import sharding
 from latent_loop.sealing import differences, from_json, seal, to_json, view
 from latent_loop.step import init_state
+from tests.tiny import tiny_config
 
 EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parent.parent / 'experiments').glob('*.py'))
 
@@ -88,6 +89,14 @@ def test_optional_fields_take_none_and_numbers():
 def test_differences_name_the_fields():
   new = dataclasses.replace(Config(), seed=3)
   assert differences(Config(), new) == {'seed': (0, 3)}
+
+
+def test_a_roll_back_for_an_alarm_needs_checkpoints_from_before_it():
+  """Evaluations of 4, 6 and 8 and saves of 2, 4, 6, 8: a run that an alarm of the last two stops returns to 4."""
+  alarm = {'guard.rollback': 1, 'guard.on_alarm': 'stop', 'guard.alarm_patience': 2, 'eval.every_steps': 2}
+  assert tiny_config(**alarm, **{'checkpoint.every_steps': 2, 'checkpoint.keep_last': 3}).guard.rollback == 1
+  with pytest.raises(BadInput, match='ahead of the last alarm_patience .* raise config.checkpoint.keep_last=2 to 3'):
+    tiny_config(**alarm, **{'checkpoint.every_steps': 2, 'checkpoint.keep_last': 2})
 
 
 def test_a_config_that_was_sealed_before_weights_could_change_is_read():

@@ -361,14 +361,17 @@ def test_an_alarm_that_stops_returns_to_ahead_of_its_patience(tmp_path, monkeypa
 
   monkeypatch.setattr(loop, 'evaluate', evaluate)
   monkeypatch.setattr(loop.alarms, 'sentences', sentences)
+  guard = dataclasses.replace(CONFIG.guard, rollback=1, on_alarm='stop')
+  often = dataclasses.replace(CONFIG.checkpoint, every_steps=1)  # step 3 is of after the last healthy evaluation
   config = dataclasses.replace(
-    guarded(rollback=1, on_alarm='stop'), eval=dataclasses.replace(CONFIG.eval, every_steps=2)
+    CONFIG, guard=guard, checkpoint=often, eval=dataclasses.replace(CONFIG.eval, every_steps=2)
   )
   assert run(folder, monkeypatch, config=config) == DONE
   assert [(back.step, back.batch, back.reason) for back in rollback.read(folder)] == [(2, 6, 'collapse')]
   assert raised == [[2], [2, 4], [2, 4, 6], [2, 4], [2, 4, 6]]
   assert [line['step'] for line in read_lines(folder / 'evals.jsonl')] == [2, 4, 6]
-  assert set_aside(folder) == ['4-0', '6-0'] and [line['step'] for line in lines_of(folder)] == list(range(1, 9))
+  assert set_aside(folder) == ['3-0', '4-0', '5-0', '6-0']
+  assert [line['step'] for line in lines_of(folder)] == list(range(1, 9))
 
 
 def test_which_batch_a_step_reads_after_roll_backs():

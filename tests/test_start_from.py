@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from latent_loop import loop, start_from, trained
-from latent_loop.checkpoint import Checkpoints
+from latent_loop.checkpoint import Checkpoints, manifest
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.interop import to_hf
@@ -49,6 +49,22 @@ def test_a_run_begins_with_the_parameters_of_another_and_is_resumed_as_itself(so
   assert 'goes on from them' in capsys.readouterr().out
   start_from.begin(config_of(), tmp_path / 'new', None)
   assert not capsys.readouterr().out
+
+
+def test_a_kill_ahead_of_the_manifest_of_step_0_is_made_up_for(source, tmp_path, monkeypatch):
+  """What Orbax has finished by then is no checkpoint yet, and must not stand in the way of the next start."""
+  path, params = source
+
+  def die(*args):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(manifest, 'write', die)
+    start_from.begin(config_of(), tmp_path / 'new', path)
+  left = {file.name for file in (tmp_path / 'new/checkpoints').iterdir()}
+  assert {'0', '0.unfinished'} <= left
+  start_from.begin(config_of(), tmp_path / 'new', path)
+  assert_same_bits(jax.device_get(trained.load(tmp_path / 'new').params), params)
 
 
 def test_a_checkpoint_of_the_reference_is_a_beginning_too(source, tmp_path):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from latent_loop import price, study
+from latent_loop.errors import BadInput
 from latent_loop.exit_codes import BAD_INPUT, DONE, PREEMPTED
 from latent_loop.report import study as figure
-from latent_loop.sealing import seal
+from latent_loop.sealing import seal, to_json
 from tests.tiny import tiny_config
 
 STUDIES = sorted((Path(__file__).parent.parent / 'experiments/studies').glob('*.py'))
@@ -62,6 +63,16 @@ def test_what_is_done_is_not_done_again_and_a_deeper_question_is_asked_again(tmp
   assert said[0] == '2 trials, 1 to do' and said[1].startswith('todo: done')
   assert study.run([done], (*DEPTHS, 64), 2, said.append) == DONE
   assert (tmp_path / 'done-ran').exists()
+
+
+def test_a_variant_that_changed_is_not_taken_for_what_was_trained(tmp_path):
+  (trial,) = scripted(tmp_path, a=('pass', 'pass'))
+  write_report(trial)
+  (trial.folder / 'config.json').write_text(to_json(trial.config))
+  assert study.run([trial], DEPTHS, 1, lambda line: None) == DONE
+  changed = dataclasses.replace(trial, config=tiny_config(**{'depth.mean': 7}))
+  with pytest.raises(BadInput, match='a belongs to another config: depth.mean was 6, is 7; undo the change'):
+    study.run([changed], DEPTHS, 1, lambda line: None)
 
 
 def test_each_has_its_share_of_the_cores_and_is_evaluated_behind_its_training(tmp_path, monkeypatch):

@@ -111,28 +111,28 @@ class Checkpoints:
         self._skip(step, reason or Damaged('another process cannot read it'), skipped)
 
   def go_back(self, last: int) -> int | None:
-    """The newest step up to `last` with whole files, once all behind it are set aside; None: nothing was touched.
+    """The newest step up to `last` with whole files, once all behind it are set aside; None: there is none.
 
-    As process 0 sees it.
+    As process 0 sees it; damaged steps that it meets are set aside, too.
     """
     self.wait()
     found = None
     if jax.process_index() == 0:
-      steps = self.folder.steps()
-      for step in reversed([s for s in steps if s <= last]):
-        try:
-          manifest.check_files(self.folder / step, manifest.read(self.folder / step, step))
-          found = step
-          break
-        except Damaged as error:
-          self._skip(step, error, [])
       try:
+        steps = self.folder.steps()
+        for step in reversed([s for s in steps if s <= last]):
+          try:
+            manifest.check_files(self.folder / step, manifest.read(self.folder / step, step))
+            found = step
+            break
+          except Damaged as error:
+            self._skip(step, error, [])
         for step in reversed([s for s in steps if s > last] if found is not None else []):
           self.folder.set_aside(step)
       except OSError as error:
         raise SaveFailed(
-          f'{self.folder / step}: could not be set aside ({manifest.short(error)}); make room, or repair the disk or '
-          'the connection, then start the same command again'
+          f'{self.folder.path}: what is behind step {last} could not be set aside ({manifest.short(error)}); make '
+          'room, or repair the disk or the connection, then start the same command again'
         ) from error
     return _from_process_0(found)
 

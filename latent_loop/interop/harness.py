@@ -176,8 +176,11 @@ def by_depth(evaluate: Callable) -> Callable:
     merged: dict[str, Any] = {}
     for depth in lm.depths:
       lm.depth = depth
-      found = evaluate(model=lm, batch_size=batch_size, **options)
       label = f'_depth_{depth:0{len(str(lm.depths[-1]))}d}'
+      if options.get('use_cache'):  # whose key knows no depth
+        found = evaluate(model=lm, batch_size=batch_size, **{**options, 'use_cache': f'{options["use_cache"]}{label}'})
+      else:
+        found = evaluate(model=lm, batch_size=batch_size, **options)
       merged |= {key: merged.get(key, {}) | _renamed(key, found[key], label) for key in found.keys() & {*_BY_TASK}}
       groups = {group + label: [task + label for task in tasks] for group, tasks in found['group_subtasks'].items()}
       merged['group_subtasks'] = merged.get('group_subtasks', {}) | groups

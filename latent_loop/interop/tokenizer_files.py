@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latent_loop import tokenizer
+from latent_loop import storage, tokenizer
 from latent_loop.config import DataConfig
 from latent_loop.interop import files
 from latent_loop.shards import manifest
@@ -48,8 +48,9 @@ def _path_of(cfg: DataConfig) -> Path | None:
   """The tokenizer.json of a run that has one; None: its tokens are bytes."""
   if cfg.source in ('parquet', 'chat') and cfg.tokenizer:
     return Path(cfg.tokenizer)
-  if cfg.source == 'prepared' and manifest.read(Path(cfg.paths[0])).tokenizer != 'bytes':
-    return Path(cfg.paths[0]) / manifest.TOKENIZER
+  if cfg.source == 'prepared':
+    folder = storage.path(cfg.paths[0], 'config.data.paths')
+    return folder / manifest.TOKENIZER if manifest.read(folder).tokenizer != 'bytes' else None
   return None
 
 
