@@ -1,13 +1,10 @@
-"""Baseline of shell_game: the same training FLOPs in distinct layers, each run once.
+"""Baseline of shell_game: the same training FLOPs in distinct layers, each run once, as for automaton."""
 
-10 layers of MLP width 119 cost what shell_game's 3 cost at the depths that its steps draw.
-"""
-
-from experiments.shell_game_same_params import get_config as fixed_depth
+from experiments.automaton_same_flops import get_config as automaton
 
 
 def get_config():
-  config = fixed_depth()
+  config = automaton()
   config.name = 'shell_game_same_flops'
-  config.model.num_core_layers, config.model.mlp_dim = 8, 119
+  config.data.source = 'shell_game'
   return config

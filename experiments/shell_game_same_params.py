@@ -1,10 +1,10 @@
 """Baseline of shell_game: the same parameters, each layer run once."""
 
-from experiments.shell_game import get_config as shell_game
+from experiments.automaton_same_params import get_config as automaton
 
 
 def get_config():
-  config = shell_game()
+  config = automaton()
   config.name = 'shell_game_same_params'
-  config.depth.kind, config.depth.mean, config.depth.backprop_depth = 'fixed', 1, 1
+  config.data.source = 'shell_game'
   return config

@@ -245,13 +245,14 @@ def restore_again(this: Run) -> None:
 def why_it_ends(this: Run, step: int, failed: dict[str, Any] | None, faults: list[str]) -> Trouble:
   """About a run that is not finite. faults: arrays of the train state that hold a value that is not."""
   advice = ' The same command would come here again: lower config.optim.learning_rate in a new --workdir'
+  first = step
   if failed:
     step = failed['step']
     first = step - max(failed['skipped_in_row'], 1) + 1
   if faults:
     names = ', '.join(faults[:3]) + (f' and {len(faults) - 3} more' if len(faults) > 3 else '')
     sentence = f'step {step}: the train state is not finite in {names}; it was not saved.'
-    return Trouble(first if failed else step, step, sentence, advice)
+    return Trouble(first, step, sentence, advice)
   n, k = failed['n'], failed['k']
   batch = trained.place(this.batches.batch(step - 1), this.mesh)
   place = diagnosis.first_place(this.config, this.model, this.mesh, this.state.params, batch, step - 1, n + k)

@@ -138,18 +138,11 @@ def write_experiment(config: Config, path: Path) -> Path:
   return path
 
 
-# Keys that older versions did not write, with what those versions did: runs that they began go on.
-_NEWER = (('data', 'weight_changes', []), ('guard', 'rollback', 0))
-
-
 def from_json(text: str, path: str) -> Config:
   """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
   try:
     values = json.loads(text)
     _require(isinstance(values, dict), 'not a JSON object')
-    for group, key, value in _NEWER:
-      if isinstance(values.get(group), dict):
-        values[group].setdefault(key, value)
     return seal(values)
   except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(

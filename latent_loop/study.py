@@ -16,13 +16,12 @@ from typing import Any
 
 from latent_loop import storage
 from latent_loop.config import Config
-from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE, PREEMPTED
 from latent_loop.interrupt import StopRequest
 from latent_loop.metrics import read_lines
 from latent_loop.price import price
-from latent_loop.sealing import differences, write_experiment
-from latent_loop.workdir import read_config
+from latent_loop.sealing import write_experiment
+from latent_loop.workdir import check_owner
 
 _ROOT = Path(__file__).parent.parent
 _LOOK_SECS = 0.2
@@ -66,8 +65,7 @@ def run(todo: Sequence[Trial], depths: Sequence[int], processes: int, say: Calla
   folder of another config, before anything is started.
   """
   began, code = time.monotonic(), DONE
-  _check_owners(todo)
-  waiting = [(trial, trial.commands(depths)) for trial in todo if not trial.is_done(depths)]
+  waiting = [(trial, trial.commands(depths)) for trial in _not_done(todo, depths)]
   running: list[tuple[subprocess.Popen, Trial, list[list[str]]]] = []
   left = len(waiting)
   say(f'{len(todo)} trials, {left} to do')
@@ -99,13 +97,11 @@ def run(todo: Sequence[Trial], depths: Sequence[int], processes: int, say: Calla
   return code
 
 
-def _check_owners(todo: Sequence[Trial]) -> None:
+def _not_done(todo: Sequence[Trial], depths: Sequence[int]) -> list[Trial]:
   for trial in todo:
     if (trial.folder / 'config.json').exists():
-      changed = differences(read_config(trial.folder), trial.config)
-      what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
-      if changed:
-        raise BadInput(f'{trial.folder} belongs to another config: {what}; undo the change, or give another --workdir')
+      check_owner(trial.folder, trial.config, safe=())  # what may change in a run would change what is compared
+  return [trial for trial in todo if not trial.is_done(depths)]
 
 
 def _start(trial: Trial, command: list[str], processes: int) -> subprocess.Popen:

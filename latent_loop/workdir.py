@@ -47,7 +47,7 @@ def _open(workdir: Path, config: Config) -> None:
   path = workdir / 'config.json'
   try:
     if path.exists():
-      _check_owner(workdir, config)
+      check_owner(workdir, config)
       return
     if workdir.is_file() or (workdir.is_dir() and {path.name for path in workdir.iterdir()} - _FIRST_FILES):
       raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
@@ -59,8 +59,9 @@ def _open(workdir: Path, config: Config) -> None:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
 
 
-def _check_owner(workdir: Path, config: Config) -> None:
-  changed = {k: v for k, v in differences(read_config(workdir), config).items() if not k.startswith(SAFE)}
+def check_owner(workdir: Path, config: Config, safe: tuple[str, ...] = SAFE) -> None:
+  """Raises BadInput, naming the fields, when the folder's config differs in more than `safe` values."""
+  changed = {k: v for k, v in differences(read_config(workdir), config).items() if not k.startswith(safe)}
   if changed:
     what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
     raise BadInput(f'{workdir} belongs to another config: {what}; undo the change, or give another --workdir')

@@ -52,9 +52,8 @@ ensure_venv() {
   fi
 }
 
-# keep_freed_memory: what launch/xla_flags.py does for benchmarks, for all that a script starts. Small steps on a CPU took
-# 0.34 s without and 0.20 s with it.
+# keep_freed_memory: what launch/xla_flags.py does for benchmarks, for all that a script starts; less time on a CPU
+# (experiments/LOG.md).
 keep_freed_memory() {
-  local malloc=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$malloc}
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$(python -c 'from launch import xla_flags; print(xla_flags.MALLOC)')}
 }

@@ -247,25 +247,17 @@ def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:
   """() -> the model of --workdir or --hf, on the devices; raises BadInput at once where both or none are given."""
   from latent_loop.errors import BadInput
 
-  if hf is None:
-    run = workdir_of(workdir)
-
-    def load():
-      from latent_loop import trained
-
-      return trained.load(run, tensor)
-
-    return load
-  if workdir is not None:
+  if workdir is not None and hf is not None:
     raise BadInput(f'--workdir={workdir} and --hf={hf}: two models; give one of them')
-  folder = path_of('--hf', hf)
+  place = workdir_of(workdir) if hf is None else path_of('--hf', hf)
 
-  def take():
+  def load():
+    from latent_loop import trained
     from latent_loop.interop import from_hf
 
-    return from_hf.load(folder, tensor)
+    return (trained.load if hf is None else from_hf.load)(place, tensor)
 
-  return take
+  return load
 
 
 def step_range(value: str | None) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ def use_threads(count: int | None) -> int:
   return threads
 
 
-_MALLOC = ':'.join(
+MALLOC = ':'.join(
   f'glibc.malloc.{setting}' for setting in ('mmap_max=0', 'trim_threshold=1099511627776', 'arena_max=1', 'hugetlb=1')
 )
 
@@ -37,5 +37,5 @@ def keep_memory() -> None:
   """
   tunables = os.environ.get('GLIBC_TUNABLES', '')
   if sys.platform == 'linux' and 'glibc.malloc.' not in tunables:
-    environment = {**os.environ, 'GLIBC_TUNABLES': f'{tunables}:{_MALLOC}'.lstrip(':')}
+    environment = {**os.environ, 'GLIBC_TUNABLES': f'{tunables}:{MALLOC}'.lstrip(':')}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

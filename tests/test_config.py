@@ -99,12 +99,6 @@ def test_a_roll_back_for_an_alarm_needs_checkpoints_from_before_it():
     tiny_config(**alarm, **{'checkpoint.every_steps': 2, 'checkpoint.keep_last': 2})
 
 
-def test_a_config_that_was_sealed_before_weights_could_change_is_read():
-  values = json.loads(to_json(Config()))
-  del values['data']['weight_changes']
-  assert from_json(json.dumps(values), 'x') == Config()
-
-
 @pytest.mark.parametrize(
   'changes,words',
   [

@@ -52,6 +52,18 @@ def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(sorted(set(depths)))
 
 
+def states_at(
+  model: Model, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows, gaps_R: jax.Array
+) -> jax.Array:
+  """[R, B, T, D]: the states gaps_R[0] iterations after s_BTD, gaps_R[1] more, and so on."""
+
+  def visit(s_BTD, gap):
+    s_BTD = model.advance(params, s_BTD, e_BTD, rows, gap)
+    return s_BTD, s_BTD
+
+  return jax.lax.scan(visit, s_BTD, gaps_R)[1]
+
+
 def make_depth_eval(model: Model, mesh: Mesh, depths: tuple[int, ...], loss_chunk: int):
   """(params, batch, key) -> DepthMeans; the number of depths is compiled in, the depths are not."""
   gaps_R = jnp.diff(jnp.array((0, *depths)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_loop.batch import Batch
+from latent_loop.evals.depth import states_at
 from latent_loop.model import Model, Params
 from latent_loop.model.layers import Rows
 
@@ -22,12 +23,12 @@ def make_right_eval(model: Model, depths: tuple[int, ...]) -> Callable[[Params, 
     rows = Rows(batch.positions_BT, batch.segment_ids_BT)
     e_BTD = model.embed_input(params, batch.tokens_BT, rows)
 
-    def visit(s_BTD, gap):
-      s_BTD = model.advance(params, s_BTD, e_BTD, rows, gap)
+    def is_right(s_BTD):
       logits_BTV = model.scores(params, model.apply_coda(params, s_BTD, rows))
-      return s_BTD, jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT
+      return jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT
 
-    return jax.lax.scan(visit, model.init_state(key, jnp.arange(B), T), gaps_R)[1]
+    s_BTD = model.init_state(key, jnp.arange(B), T)
+    return jax.lax.map(is_right, states_at(model, params, s_BTD, e_BTD, rows, gaps_R))
 
   return evaluate
 

@@ -17,6 +17,7 @@ from lm_eval.api.registry import get_model, register_model
 from latent_loop import trained
 from latent_loop.data import make_tokenizer
 from latent_loop.errors import BadInput
+from latent_loop.evals.depth import states_at
 from latent_loop.inference.engine import ExitRule, round_up
 from latent_loop.inference.text import request_of, text_of
 from latent_loop.model import Model, Params
@@ -138,17 +139,13 @@ def _read(model: Model, params: Params, tokens_BT: jax.Array, gaps_R: jax.Array)
   rows = Rows(jnp.broadcast_to(jnp.arange(T), (B, T)), None)
   e_BTD = model.embed_input(params, tokens_BT, rows)
 
-  def visit(s_BTD, gap):
-    s_BTD = model.advance(params, s_BTD, e_BTD, rows, gap)
-    return s_BTD, s_BTD
-
   def read(s_BTD):
     log_p_BTV = jax.nn.log_softmax(model.scores(params, model.apply_coda(params, s_BTD, rows))[:, :-1])
     log_p_BT = jnp.take_along_axis(log_p_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
     return log_p_BT, jnp.argmax(log_p_BTV, axis=-1) == tokens_BT[:, 1:]
 
   s_BTD = model.init_state(jax.random.key(0), jnp.zeros((B,), jnp.int32), T)  # the same noise for every text
-  return jax.lax.map(read, jax.lax.scan(visit, s_BTD, gaps_R)[1])
+  return jax.lax.map(read, states_at(model, params, s_BTD, e_BTD, rows, gaps_R))
 
 
 def _depths_of(depth: object, depths: object, mean: int) -> tuple[int, ...]:
@@ -177,10 +174,8 @@ def by_depth(evaluate: Callable) -> Callable:
     for depth in lm.depths:
       lm.depth = depth
       label = f'_depth_{depth:0{len(str(lm.depths[-1]))}d}'
-      if options.get('use_cache'):  # whose key knows no depth
-        found = evaluate(model=lm, batch_size=batch_size, **{**options, 'use_cache': f'{options["use_cache"]}{label}'})
-      else:
-        found = evaluate(model=lm, batch_size=batch_size, **options)
+      cache = options.get('use_cache') and f'{options["use_cache"]}{label}'  # whose key knows no depth
+      found = evaluate(model=lm, batch_size=batch_size, **{**options, 'use_cache': cache})
       merged |= {key: merged.get(key, {}) | _renamed(key, found[key], label) for key in found.keys() & {*_BY_TASK}}
       groups = {group + label: [task + label for task in tasks] for group, tasks in found['group_subtasks'].items()}
       merged['group_subtasks'] = merged.get('group_subtasks', {}) | groups

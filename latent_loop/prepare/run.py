@@ -55,7 +55,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
   code = tokenizer.load(request.tokenizer)
   settings = units.Settings(request.tokenizer, code.fingerprint, request.text_key, request.invalid_utf8, request.limits)
   todo = [units.Unit(tuple(parts), settings) for parts in inputs.units(files)]
-  what = [f'{request.validation_fraction}', *(u.key for u in todo), *(['zarr3'] if request.format == 'zarr3' else [])]
+  what = [f'{request.validation_fraction}', *(u.key for u in todo), request.format]
   key = hashlib.sha256(' '.join(what).encode()).hexdigest()
   if (request.output / manifest.NAME).exists():
     return _finished(request.output, key)
