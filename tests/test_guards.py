@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from latent_loop import loop
+from latent_loop.chaos.kill import TIMINGS
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -283,9 +284,7 @@ def guarded(**values):
 
 def numbers_of(workdir: Path) -> list[dict]:
   """What is logged and does not depend on the clock."""
-  return [
-    {k: v for k, v in line.items() if k not in ('tokens_per_second', 'data_wait_seconds')} for line in lines_of(workdir)
-  ]
+  return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines_of(workdir)]
 
 
 @pytest.fixture(scope='module')
