@@ -27,6 +27,7 @@ from latent_loop.parallel import mesh as meshes
 from latent_loop.report import depth_report
 from latent_loop.step import TrainState, make_sharded_state
 from latent_loop.storage import Path
+from latent_loop.tokenizer import Bytes
 from latent_loop.trust import guards
 from latent_loop.workdir import read_config
 
@@ -125,8 +126,8 @@ def make_evaluator(
 ) -> Callable[[Params, int], dict[str, Any]]:
   """(params, step) -> numbers by depth over config.eval.num_batches validation batches; compiles once.
 
-  The keys of the numbers are those of depth_report.json. It reads a microbatch at a time, so what fits in
-  training fits here. Raises BadInput when that does not divide over the mesh.
+  The keys of the numbers are those of depth_report.json, without bits per byte where tokens are no bytes. It reads a
+  microbatch at a time, so what fits in training fits here. Raises BadInput when that does not divide over the mesh.
   """
   batches, count = validation_batches(config, mesh, source)
   evaluate = depth_eval.make_depth_eval(model, mesh, depths, config.train.loss_chunk)
@@ -138,12 +139,10 @@ def make_evaluator(
       # Awaited each time: many steps in flight deadlock on virtual CPU devices.
       new = jax.block_until_ready(evaluate(params, place(batches.batch(i), mesh), key))
       means = new if means is None else means + new
-    return {
-      'step': step,
-      'mean_depth': config.depth.mean,
-      'chance_accuracy': source.chance_accuracy,
-      **depth_eval.summarize(means, depths),
-    }
+    found = depth_eval.summarize(means, depths)
+    if source.vocab_size != Bytes.vocab_size:
+      del found['bits_per_byte_by_depth']
+    return {'step': step, 'mean_depth': config.depth.mean, 'chance_accuracy': source.chance_accuracy, **found}
 
   return numbers
 

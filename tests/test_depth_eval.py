@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_loop import data, trained
 from latent_loop.errors import BadInput
-from latent_loop.evals.depth import check_depths, default_depths, make_depth_eval, summarize, token_correlation
-from tests.tiny import B, D, T, mesh_of, random_batch, random_params, rows_of, tiny_model
+from latent_loop.evals.depth import check_depths, default_depths, make_depth_eval, summarize, table, token_correlation
+from latent_loop.model import build
+from latent_loop.report import depth_report
+from latent_loop.tokenizer import Bytes
+from tests.tiny import B, D, T, mesh_of, random_batch, random_params, rows_of, tiny_config, tiny_model
 
 DEPTHS, CHUNK, V = (2, 3, 6), 5, 300  # more tokens than bytes
 
@@ -103,6 +107,21 @@ def test_token_correlation_is_one_for_equal_tokens_and_zero_for_random_ones():
   half_BT = real_BT * (np.arange(length) < length // 2)
   mixed_BTD = np.where(half_BT[..., None] > 0, equal_BTD, random_BTD)
   np.testing.assert_allclose(correlation(mixed_BTD, half_BT), 1 - 2 / length, rtol=1e-4)
+
+
+def test_bits_per_byte_are_left_out_where_tokens_are_no_bytes(tmp_path):
+  small = {'data.source': 'addition', 'data.seq_len': 40, 'data.max_difficulty': 2, 'train.loss_chunk': 20}
+  config = tiny_config(**small, **{'model.vocab_size': 300, 'eval.num_batches': 1})
+  source, params = data.make_source(config), random_params(tiny_model(**{'model.vocab_size': 300}))
+  model = build(config.model, config.depth)
+  evaluate = trained.make_evaluator(config, model, mesh_of(), source, (1, config.depth.mean))
+  for size, known in ((Bytes.vocab_size, True), (300, False)):
+    source.vocab_size = size
+    numbers = evaluate(params, 0)
+    assert ('bits_per_byte_by_depth' in numbers) == known
+    assert ('-' in table(numbers)[1].split()) != known
+    depth_report.write(tmp_path, 'x', numbers, [])
+    assert ('bits per byte' in (tmp_path / 'depth_report.html').read_text()) == known
 
 
 def test_depths_are_sorted_unique_and_checked():

@@ -166,7 +166,9 @@ def table(numbers: dict[str, Any]) -> list[str]:
   """Loss, accuracy and residual by depth as lines of text."""
   chance = numbers['chance_accuracy']
   lines = ['depth   loss   bits/byte  accuracy  residual' + ('' if chance is None else f'   (chance {chance:.3f})')]
+  bits_by_depth = numbers.get('bits_per_byte_by_depth', {})
   for depth, loss in numbers['loss_by_depth'].items():
-    bits, right = numbers['bits_per_byte_by_depth'][depth], numbers['accuracy_by_depth'][depth]
-    lines.append(f'{depth:>5}  {loss:.4f}   {bits:.4f}    {right:.3f}    {numbers["residual_by_depth"][depth]:.1e}')
+    bits = f'{bits_by_depth[depth]:.4f}' if bits_by_depth else '-'
+    right, residual = numbers['accuracy_by_depth'][depth], numbers['residual_by_depth'][depth]
+    lines.append(f'{depth:>5}  {loss:.4f}   {bits:<6}    {right:.3f}    {residual:.1e}')
   return lines

@@ -72,9 +72,10 @@ def _by_depth(axes: Any, values: dict[str, float], mean: int, label: str) -> Non
 
 def _page(name: str, numbers: dict[str, Any], png: bytes) -> str:
   depths = list(numbers['loss_by_depth'])
-  header = ''.join(f'<th>{html.escape(title)}</th>' for _, title, _ in COLUMNS)
+  columns = [column for column in COLUMNS if column[0] in numbers]
+  header = ''.join(f'<th>{html.escape(title)}</th>' for _, title, _ in columns)
   rows = ''.join(
-    f'<tr><td>{depth}</td>' + ''.join(f'<td>{numbers[key][depth]:{form}}</td>' for key, _, form in COLUMNS) + '</tr>'
+    f'<tr><td>{depth}</td>' + ''.join(f'<td>{numbers[key][depth]:{form}}</td>' for key, _, form in columns) + '</tr>'
     for depth in depths
   )
   chance = numbers['chance_accuracy']
