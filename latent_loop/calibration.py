@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,19 @@ from latent_loop.tokenizer import Tokenizer
 
 
 def write_exits(
-  this: trained.Trained, workdir: Path, source: data.Source, depth: int, target_depth: float | None
+  this: trained.Trained,
+  workdir: Path,
+  source: data.Source,
+  depth: int,
+  target_depth: float | None = None,
+  difficulties: Sequence[int] = (),
 ) -> tuple[Path, dict[str, Any]]:
   """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers).
 
-  target_depth: also the rules that keep to this mean depth.
+  target_depth: also the rules that keep to this mean depth. difficulties: of a task, whose tokens are counted apart;
+  default those of training.
   """
+  pieces, parts = parts_of(this.config, difficulties), {}
   evaluate = exit_eval.make_exit_eval(this.model, depth)
 
   def unroll(source: data.Source) -> dict[str, np.ndarray]:
@@ -39,8 +47,7 @@ def write_exits(
   with jax.set_mesh(this.mesh):
     numbers = unroll(source)
     found = exit_eval.curves(numbers, counted, target_depth)
-    parts = {}
-    for name, config in parts_of(this.config).items():
+    for name, config in pieces.items():
       with contextlib.suppress(BadInput):  # an easy difficulty may have no instance that is for validation
         parts[name] = unroll(data.make_source(config))
   # Asked after every iteration, or who leaves where would show the interval.
@@ -52,16 +59,22 @@ def write_exits(
     groups = {name: exit_eval.histogram(one, 'kl', rule) for name, one in groups.items()}
     found['groups'] = {'exit': exit_eval.as_flag('kl', rule), 'of': groups}
   path = workdir / 'exits.json'
-  storage.write(path, json.dumps({'step': this.step, **found}, indent=1) + '\n')
+  who = {'name': this.config.name, 'seed': this.config.seed, 'mean_depth': this.config.depth.mean, 'step': this.step}
+  storage.write(path, json.dumps({**who, **found}, indent=1) + '\n')
   return path, found
 
 
-def parts_of(config: Config) -> dict[str, Config]:
-  """A config for each difficulty of a task, or for each folder of a mixture; none where the data is of one piece."""
+def parts_of(config: Config, difficulties: Sequence[int] = ()) -> dict[str, Config]:
+  """A config for each difficulty of a task, or for each folder of a mixture; none where the data is of one piece.
+
+  difficulties: default those of training. Raises BadInput where there is no task to have them.
+  """
   of = lambda **changes: dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
   if config.data.source in data.tasks.TASKS:
-    difficulties = range(config.data.min_difficulty, config.data.max_difficulty + 1)
-    return {f'difficulty {d}': of(min_difficulty=d, max_difficulty=d) for d in difficulties}
+    asked = sorted(set(difficulties)) or range(config.data.min_difficulty, config.data.max_difficulty + 1)
+    return {f'difficulty {d}': of(min_difficulty=d, max_difficulty=d) for d in asked}
+  if difficulties:
+    raise BadInput(f'--difficulty={difficulties[0]}: trained on {config.data.source}, which has no difficulties')
   paths = config.data.paths if len(config.data.paths) > 1 else ()
   return {path: of(paths=(path,), weights=(), weight_changes=()) for path in paths}
 

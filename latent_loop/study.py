@@ -142,9 +142,11 @@ def results(done: Sequence[Trial]) -> list[dict[str, Any]]:
   return out
 
 
-def save(path: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-  """A JSON file: {study, runs}."""
+def save(workdir: Path, name: str, rows: Sequence[dict[str, Any]]) -> Path:
+  """study.json: {study, runs}."""
+  path = workdir / 'study.json'
   storage.write(path, json.dumps({'study': name, 'runs': list(rows)}, indent=1) + '\n')
+  return path
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

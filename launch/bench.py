@@ -6,6 +6,8 @@ python -m launch.bench exits --workdir=runs/tiny_text --exit=latent-diff:0.1 --c
 
 python -m launch.bench ahead --workdir=runs/tiny_text --depths=32 --speculate=4:8 --parallel=8 --batch_size=8
 
+python -m launch.bench depth --config=experiments/tiny_text.py --depths=0,1 --depths=8,1 --depths=0,4 --depths=8,4
+
 python -m launch.bench trust --config=experiments/tiny_text.py --depths=4,4
 
 python -m launch.bench data --config=experiments/small_text.py --read_millis=30
@@ -36,7 +38,9 @@ _EXIT = flags.DEFINE_string(
 )
 _CACHE = flags.DEFINE_string('cache', 'ring:1', 'exits: as for launch.generate')
 _WINDOW = flags.DEFINE_integer('window', 4, 'exits: rows that start their next token together')
-_DEPTHS = flags.DEFINE_multi_string('depths', None, 'train, trust: n,k (without, with gradient); others: depth; repeat')
+_DEPTHS = flags.DEFINE_multi_string(
+  'depths', None, 'train, depth, trust: n,k (without, with gradient); others: depth; repeat'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'times that each depth is measured, alternating with the twin')
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'timed calls in each round')
 _THREADS = flags.DEFINE_integer('threads', None, 'CPU threads of both programs; default: the cores they may use')
@@ -60,7 +64,14 @@ _DEFAULT_DEPTHS = {'train': ('0,4', '8,4', '28,4'), 'decode': ('4', '8', '32')}
 
 def main(verb: str) -> int:
   if verb not in _DEFAULT_DEPTHS:
-    return {'exits': _exits, 'ahead': _ahead, 'trust': _trust, 'data': _data, 'prepare': _prepare}[verb]()
+    return {
+      'exits': _exits,
+      'ahead': _ahead,
+      'depth': _depth,
+      'trust': _trust,
+      'data': _data,
+      'prepare': _prepare,
+    }[verb]()
   config = program.sealed(_CONFIG)
   depths = depths_of(verb, _DEPTHS.value or _DEFAULT_DEPTHS[verb])
   threads = xla_flags.use_threads(_THREADS.value)
@@ -113,6 +124,18 @@ def _trained():
   model = trained.load(workdir)
   prompts = benchmark.Prompts(_PROMPT_TOKENS.value, _NEW_TOKENS.value, _BATCH_SIZE.value)
   return model, depths or [model.config.depth.mean], prompts, benchmark.Effort(_ROUNDS.value, _REPEATS.value)
+
+
+def _depth() -> int:
+  config = program.sealed(_CONFIG)
+  depths = depths_of('train', _DEPTHS.value or ['0,4', '8,4', '28,4'])
+  xla_flags.use_threads(_THREADS.value)
+  xla_flags.use_devices(8)
+  xla_flags.keep_memory()
+  from latent_loop import benchmark, benchmark_depth
+
+  effort = benchmark.Effort(_ROUNDS.value, _REPEATS.value)
+  return _show(benchmark_depth.depth_cost(config, depths, effort))
 
 
 def _trust() -> int:
@@ -186,4 +209,4 @@ def rounded(value):
 
 
 if __name__ == '__main__':
-  program.run(main, verbs=('train', 'decode', 'exits', 'ahead', 'trust', 'data', 'prepare'))
+  program.run(main, verbs=('train', 'decode', 'exits', 'ahead', 'depth', 'trust', 'data', 'prepare'))

@@ -17,7 +17,10 @@ _DEPTHS = flags.DEFINE_multi_integer(
   'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
 )
 _DIFFICULTIES = flags.DEFINE_multi_integer(
-  'difficulty', None, 'of a task; repeat for more; default the hardest of training, 1.5 times and twice that', 1
+  'difficulty',
+  None,
+  'of a task; repeat for more; default the hardest of training, 1.5 times and twice that; exits: all of training',
+  1,
 )
 _TARGET = flags.DEFINE_float('target_depth', None, 'exits: also the rules that keep to this mean depth', 1)
 
@@ -59,7 +62,7 @@ def _by_exit_rule(workdir, model, source) -> int:
     raise BadInput(f'--target_depth={_TARGET.value}: not a depth; give a number from 1')
   if len(depths) > 1:
     raise BadInput(f'--depths={list(depths)}: exits are counted up to one depth; give one')
-  path, numbers = calibration.write_exits(model, workdir, source, depths[0], _TARGET.value)
+  path, numbers = calibration.write_exits(model, workdir, source, depths[0], _TARGET.value, _DIFFICULTIES.value or ())
   print('\n'.join(exit_eval.table(numbers)))
   print(f'wrote {path}')
   return 0

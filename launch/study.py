@@ -1,42 +1,33 @@
 """Trains the variants of a study with several seeds and compares them by depth:
 
-python -m launch.study run --study=experiments/studies/recipe.py --workdir=runs/recipe --results=recipe.json
-python -m launch.study draw --results=recipe.json --figure=recipe.png
+python -m launch.study --study=experiments/studies/recipe.py --workdir=runs/recipe
+python -m launch.figure study --run=runs/recipe --output=experiments/results/study_recipe
 
 A study that was cut off, by a signal too, goes on when it is started again. A study file has get_variants(), which
 returns {name: config}, and DEPTHS, the test-time depths to evaluate.
 """
 
-import json
 import runpy
 
 from absl import flags
 
 from launch import program, xla_flags
 
-_STUDY = flags.DEFINE_string('study', None, 'run: file of the study, such as experiments/studies/recipe.py')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'run: folder for the runs')
-_RESULTS = flags.DEFINE_string('results', None, 'JSON file that run writes and draw reads')
-_FIGURE = flags.DEFINE_string('figure', None, 'draw: PNG file to write')
-_SEEDS = flags.DEFINE_multi_integer('seed', [0, 1, 2], 'run: repeat for more', lower_bound=0)
-_VARIANTS = flags.DEFINE_multi_string('variant', [], 'run: only this one; repeat for more; default all')
-_PROCESSES = flags.DEFINE_integer('processes', 2, 'run: trials at once, each on its share of the cores', lower_bound=1)
+_STUDY = flags.DEFINE_string('study', None, 'file of the study, such as experiments/studies/recipe.py')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder for the runs and study.json')
+_SEEDS = flags.DEFINE_multi_integer('seed', [0, 1, 2], 'repeat for more', lower_bound=0)
+_VARIANTS = flags.DEFINE_multi_string('variant', [], 'only this one; repeat for more; default all')
+_PROCESSES = flags.DEFINE_integer('processes', 2, 'trials at once, each on its share of the cores', lower_bound=1)
 
 
-def main(verb: str) -> int:
-  return {'run': _run, 'draw': _draw}[verb]()
-
-
-def _run() -> int:
+def main() -> int:
   from latent_loop import study
   from latent_loop.errors import BadInput
   from latent_loop.exit_codes import DONE
 
   xla_flags.keep_memory()  # for the trials, which inherit it
   name, variants, depths = _read_study()
-  results, workdir = _path('results'), _path('workdir')
-  if not results.parent.is_dir():
-    raise BadInput(f'--results={results}: not a file in a folder that exists; make the folder, or give another')
+  workdir = program.path_of('workdir', _required(_WORKDIR))
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -45,20 +36,19 @@ def _run() -> int:
   code = study.run(todo, depths, _PROCESSES.value, lambda line: print(line, flush=True))
   if code == DONE:
     rows = study.results(todo)
-    study.save(results, name, rows)
+    path = study.save(workdir, name, rows)
     print('\n'.join(study.table(rows)))
-    print(f'wrote {results}')
+    print(f'wrote {path}')
   return code
 
 
-def _path(flag: str):
-  """Of this flag; raises BadInput where it is not given."""
+def _required(flag) -> str:
+  """The value of a flag; raises BadInput where it is not given."""
   from latent_loop.errors import BadInput
 
-  value = flags.FLAGS[flag].value
-  if not value:
-    raise BadInput(f'--{flag} is missing; see python -m launch.study --help')
-  return program.path_of(flag, value)
+  if not flag.value:
+    raise BadInput(f'--{flag.name} is missing; see python -m launch.study --help')
+  return flag.value
 
 
 def _read_study():
@@ -66,7 +56,7 @@ def _read_study():
   from latent_loop.errors import BadInput
   from latent_loop.sealing import seal
 
-  path = _path('study')
+  path = program.path_of('study', _required(_STUDY))
   try:
     found = runpy.run_path(str(path))
     variants, depths = {name: seal(config) for name, config in found['get_variants']().items()}, tuple(found['DEPTHS'])
@@ -84,23 +74,5 @@ def _read_study():
   return path.stem, chosen, depths
 
 
-def _draw() -> int:
-  from latent_loop.errors import BadInput
-  from latent_loop.report import study
-
-  results, figure = _path('results'), _path('figure')
-  if not figure.parent.is_dir():
-    raise BadInput(f'--figure={figure}: not a file in a folder that exists; make the folder, or give another')
-  try:
-    found = json.loads(results.read_text())
-    study.draw(figure, found['study'], found['runs'])
-  except (OSError, ValueError, LookupError, TypeError) as error:
-    raise BadInput(
-      f'--results={results}: not the results of a study ({error!r}); let launch.study run write it'
-    ) from error
-  print(f'wrote {figure}')
-  return 0
-
-
 if __name__ == '__main__':
-  program.run(main, verbs=('run', 'draw'))
+  program.run(main)

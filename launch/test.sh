@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
 ensure_environment launch/requirements/dev.txt launch/requirements/data.txt launch/requirements/server.txt \
-  launch/requirements/tpu.txt
-# launch/requirements/interop.txt (PyTorch) is left to whoever wants its tests: without it they are skipped and say so.
+  launch/requirements/tpu.txt ${CI:+launch/requirements/interop.txt}
+# Gigabytes of PyTorch (interop.txt) come with CI=1, which a CI sets by itself; without, its tests are skipped and say so.
 
 unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes, which need not compile the same files each
 ruff check .

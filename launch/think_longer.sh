@@ -34,4 +34,4 @@ runs=()
 for run in "${all[@]}"; do
   runs+=("--run=runs/think_longer/${run/ /_}")
 done
-python -m launch.heat_map "${runs[@]}" --output=experiments/results/think_longer
+python -m launch.figure difficulties "${runs[@]}" --output=experiments/results/think_longer

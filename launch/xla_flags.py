@@ -5,6 +5,8 @@ import sys
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'  # how XLA_FLAGS used to ask for it; JAX 0.10 to 0.11 overlook it
 
+DEVICES = '--xla_force_host_platform_device_count'
+
 
 def use_threads(count: int | None) -> int:
   """Gives XLA's CPU work `count` threads and returns that count; raises BadInput for one below 1.
@@ -21,6 +23,13 @@ def use_threads(count: int | None) -> int:
   threads = min(count or asked, allowed)
   os.environ['NPROC'] = str(threads)
   return threads
+
+
+def use_devices(count: int) -> None:
+  """Shows the CPU as `count` devices, unless XLA_FLAGS already say a number."""
+  xla_flags = os.environ.get('XLA_FLAGS', '')
+  if DEVICES not in xla_flags:
+    os.environ['XLA_FLAGS'] = f'{xla_flags} {DEVICES}={count}'.strip()
 
 
 MALLOC = ':'.join(

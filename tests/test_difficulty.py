@@ -135,9 +135,9 @@ def test_the_driver_goes_on_where_it_was_cut_off(tmp_path):
   )
   calls = lambda word: [line for line in (tmp_path / 'calls').read_text().splitlines() if word in line]
   assert drive().returncode != 0
-  assert len(calls('launch.train')) == 6 and len(calls('launch.evaluate')) == 4 and not calls('launch.heat_map')
+  assert len(calls('launch.train')) == 6 and len(calls('launch.evaluate')) == 4 and not calls('launch.figure')
   (tmp_path / 'repaired').touch()
   assert drive().returncode == 0
   assert len(calls('launch.train')) == 8 and len(calls('launch.evaluate')) == 6
-  (drawn,) = calls('launch.heat_map')
+  (drawn,) = calls('launch.figure')
   assert drawn.count('--run=runs/think_longer/') == 6 and '--run=runs/think_longer/automaton_same_params_0' in drawn

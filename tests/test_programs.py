@@ -110,10 +110,10 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
     ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
     ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
-    ('heat_map', ['--output=/tmp/none/x'], 'not a file in a folder that exists'),
-    ('study', ['draw', '--results=/tmp/none.json', '--figure=/tmp/none/x.png'], 'not a file in a folder that exists'),
-    ('study', ['draw', '--results=/tmp/none.json', '--figure=/tmp/x.png'], 'not the results of a study'),
-    ('study', ['run', '--study=/tmp/none.py', '--results=x.json', '--workdir=/tmp/none'], 'it does not run'),
+    ('figure', ['sweep', '--output=/tmp/none/x'], 'not a file in a folder that exists'),
+    ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl: cannot be read'),
+    ('study', ['--workdir=/tmp/none'], '--study is missing'),
+    ('study', ['--study=/tmp/none.py', '--workdir=/tmp/none'], 'it does not run'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
     ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
@@ -303,7 +303,7 @@ def test_evaluate_generate_and_lens(copy):
   assert list(report['loss_by_depth']) == ['1', '2', '3', '6', '24']
   result = launch('evaluate', 'difficulties', f'--workdir={copy}', '--difficulty=2', '--depths=6', '--depths=1')
   assert result.returncode == 0 and 'r = 1    r = 6' in result.stdout, result.stderr
-  result = launch('heat_map', f'--run={copy}', f'--output={copy}/map')
+  result = launch('figure', 'difficulties', f'--run={copy}', f'--output={copy}/map')
   assert result.returncode == 0 and (copy / 'map.png').exists(), result.stderr
   result = launch(
     'generate',

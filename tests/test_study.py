@@ -119,11 +119,9 @@ def test_results_say_what_each_trial_cost_and_reached(tmp_path):
   assert (rows[0]['tokens_per_second'], rows[0]['largest_grad_norm']) == (20.0, 2.0)
   lines = study.table(rows)
   assert lines[1].split()[:3] == ['a', '1.5000', '±0.5000'] and lines[2].split()[1:3] == ['3.0000', '±0.0000']
-  study.save(tmp_path / 'x.json', 'x', rows)
-  found = json.loads((tmp_path / 'x.json').read_text())
+  found = json.loads(study.save(tmp_path, 'x', rows).read_text())
   assert found == {'study': 'x', 'runs': rows}
-  figure.draw(tmp_path / 'x.png', 'x', rows)
-  assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+  assert figure.png_of([found, found]).startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
 """Language modelling by depth: a looped model against its own layers run once, and against as many FLOPs run once.
 
-python -m launch.study run --study=experiments/studies/language.py --workdir=runs/language
---results=experiments/results/study_language.json
+python -m launch.study --study=experiments/studies/language.py --workdir=runs/language
+python -m launch.figure study --run=runs/language --output=experiments/results/study_language
 
 On the corpus of launch/prepare_small_text.sh. same_params: its layers, each run once, with as many tokens, and
 (same_params_longer) with as many training FLOPs. same_flops: as many FLOPs per token in distinct layers, six times the

@@ -1,7 +1,7 @@
 """Why the recipe is what it is: one thing changed at a time, on a small model and real text.
 
-python -m launch.study run --study=experiments/studies/recipe.py --workdir=runs/recipe
---results=experiments/results/study_recipe.json
+python -m launch.study --study=experiments/studies/recipe.py --workdir=runs/recipe
+python -m launch.figure study --run=runs/recipe --output=experiments/results/study_recipe
 """
 
 from experiments.tiny_text import get_config

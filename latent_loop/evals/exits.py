@@ -85,7 +85,7 @@ def only(numbers: dict[str, np.ndarray], which_X: np.ndarray) -> dict[str, np.nd
 
 
 def curves(numbers: dict[str, np.ndarray], counted: Cost, target_depth: float | None = None) -> dict[str, Any]:
-  """By criterion a list of rules with what each costs, by rising FLOPs, and what is recommended.
+  """By criterion a list of rules with what each costs, by rising FLOPs, and what is recommended; fixed: no rule.
 
   A rule is {threshold, every}; its cost {mean_depth, reads, flops_per_token, loss, accuracy}, the FLOPs being those of
   a token behind the prompt. target_depth: where given, also the rule of the lowest loss with at most that mean depth.
@@ -99,13 +99,18 @@ def curves(numbers: dict[str, np.ndarray], counted: Cost, target_depth: float | 
       for threshold in _thresholds(numbers['values_RXEC'][::every, :, e, c], kind)
     ]
     by_criterion[kind] = sorted(rows, key=lambda row: row['flops_per_token'])
-  full = {
-    'flops_per_token': counted.generated(depth, 1),
-    'loss': float(np.mean(numbers['nll_RX'][-1])),
-    'accuracy': float(np.mean(numbers['right_RX'][-1])),
-  }
+  fixed = [
+    {
+      'depth': r,
+      'flops_per_token': counted.generated(r, 1),
+      'loss': float(np.mean(numbers['nll_RX'][r - 1])),
+      'accuracy': float(np.mean(numbers['right_RX'][r - 1])),
+    }
+    for r in range(1, depth + 1)
+  ]
+  full = {name: value for name, value in fixed[-1].items() if name != 'depth'}
   best = recommend(by_criterion, full)
-  found = {'depth': depth, 'tokens': tokens, 'full': full, 'criteria': by_criterion, 'best': best}
+  found = {'depth': depth, 'tokens': tokens, 'full': full, 'fixed': fixed, 'criteria': by_criterion, 'best': best}
   if best:
     kind = min(best, key=lambda kind: best[kind]['flops_per_token'])
     found['cheapest'] = as_flag(kind, best[kind])

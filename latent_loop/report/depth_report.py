@@ -2,12 +2,12 @@
 
 import base64
 import html
-import io
 import json
 from typing import Any
 
 from latent_loop import storage
 from latent_loop.metrics import finite
+from latent_loop.report import canvas
 from latent_loop.storage import Path
 
 COLUMNS = (
@@ -26,21 +26,17 @@ _DEEPEST_BIN = 256  # takes what is deeper, too
 
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
   """Writes depth_report.{html,png,json} and returns their paths."""
-  png = io.BytesIO()
-  _draw(numbers, curve).savefig(png, format='png', dpi=110)
+  png = canvas.png_of(_draw(numbers, curve))
   paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
-  paths[0].write_text(_page(name, numbers, png.getvalue()))
-  paths[1].write_bytes(png.getvalue())
+  paths[0].write_text(_page(name, numbers, png))
+  paths[1].write_bytes(png)
   storage.write(paths[2], json.dumps(finite(numbers), indent=2) + '\n')  # last: it says that a run is finished
   return paths
 
 
 def _draw(numbers: dict[str, Any], curve: list[dict[str, Any]]) -> Any:
   """A matplotlib Figure."""
-  from matplotlib.figure import Figure  # most of a second, which programs that draw nothing need not wait
-
-  figure = Figure(figsize=(11, 7.5), layout='constrained')
-  axes = figure.subplots(2, 2)
+  figure, axes = canvas.blank(2, 2, (11, 7.5))
   mean = numbers['mean_depth']
   is_task = numbers['chance_accuracy'] is not None
   key, label = ('accuracy_by_depth', 'accuracy') if is_task else ('loss_by_depth', 'validation loss, nats per token')

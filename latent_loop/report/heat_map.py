@@ -1,12 +1,12 @@
 """Exact match by difficulty and depth as heat maps: a row for each task, its looped model beside its baselines."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from latent_loop.errors import BadInput
+from latent_loop.report import canvas
 
 Run = dict[str, Any]  # difficulties.json of a run
 
@@ -44,11 +44,8 @@ def column(experiment: Sequence[Run], depth: str) -> np.ndarray:
 
 def png_of(runs: Sequence[Run]) -> bytes:
   """The picture; a cell holds the mean over seeds in percent, and the worst and the best seed below it."""
-  from matplotlib.figure import Figure  # most of a second, which programs that draw nothing need not wait
-
   tasks = experiments_of(runs)
-  figure = Figure(figsize=(12, 4.2 * len(tasks)), layout='constrained')
-  axes = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(4, 1))
+  figure, axes = canvas.blank(len(tasks), 2, (12, 4.2 * len(tasks)), width_ratios=(4, 1))
   for (left, right), (task, (looped, *fixed)) in zip(axes, tasks.items(), strict=True):
     first = looped[0]
     name, mean, (low, high) = first['name'], str(first['mean_depth']), first['trained_difficulties']
@@ -66,9 +63,7 @@ def png_of(runs: Sequence[Run]) -> bytes:
       own_depth = {label: column(same, str(same[0]['mean_depth'])) for label, same in baselines.items()}
       _draw(right, own_depth, difficulties, high)
     right.set(title='fixed depth')
-  png = io.BytesIO()
-  figure.savefig(png, format='png', dpi=110)
-  return png.getvalue()
+  return canvas.png_of(figure)
 
 
 def _draw(axes: Any, columns: dict[str, np.ndarray], difficulties: list[str], hardest: int) -> None:
