@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_loop.benchmark import Effort, Line, at_depth, machine, measure, timed, train_point
-from latent_loop.config import Config
+from latent_loop.config import Config, DepthConfig
 from latent_loop.model import build, cost
 from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel.chips import Chip
@@ -42,7 +42,7 @@ def depth_cost(config: Config, depths: list[tuple[int, int]], effort: Effort) ->
     point, state = train_point(its, mesh, state)
     raised = raised_bytes(point.call)
     if k not in sent:
-      sent[k] = {mode: _collectives(its, mode, len(devices)) for mode in _MODES} if len(devices) > 1 else {}
+      sent[k] = {mode: _collectives(its, k, mode, len(devices)) for mode in _MODES} if len(devices) > 1 else {}
     counted = cost.count(build(its.model, its.depth), its.data.seq_len)
     roofline = Roofline(its, counted, Topology('here', chip, [], 1, 1), [], its.train.num_microbatches)
     for line in measure(point, effort, its, speeds):
@@ -58,9 +58,11 @@ def depth_cost(config: Config, depths: list[tuple[int, int]], effort: Effort) ->
       }
 
 
-def _collectives(config: Config, mode: str, devices: int) -> list[hlo.Collective]:
+def _collectives(config: Config, k: int, mode: str, devices: int) -> list[hlo.Collective]:
+  """Of the program for every n: a depth that is drawn, so that no compiler can count the iterations beforehand."""
   mesh = dataclasses.replace(config.mesh, data=1, fsdp=devices, weights=mode)
-  made = plan(dataclasses.replace(config, mesh=mesh), f'cpu:{devices}', 1, None, lambda line: None)
+  drawn = DepthConfig(mean=2 * k, backprop_depth=k)
+  made = plan(dataclasses.replace(config, mesh=mesh, depth=drawn), f'cpu:{devices}', 1, None, lambda line: None)
   return made.collectives
 
 

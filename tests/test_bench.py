@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_loop import benchmark, benchmark_trust
+from latent_loop import benchmark, benchmark_depth, benchmark_trust
 from latent_loop.checkpoint import inspect
 from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
@@ -83,6 +83,32 @@ def test_trust_is_measured_on_the_step_that_trains_and_its_saves_are_whole(machi
   assert saves['allowed_seconds'] == max(saves['step_seconds_median'], 0.05)
   assert [': good' in line for line in inspect.verify(tmp_path, [])] == [True]
   json.dumps([guard, sums, saves])
+
+
+@pytest.mark.slow
+def test_depth_costs_bytes_between_devices_only_where_weights_are_gathered_again(machine, monkeypatch):
+  monkeypatch.setattr(benchmark_depth, 'stream_bytes_per_second', lambda: 1e12)
+  config = tiny_config(**TINY)
+  lines = list(benchmark_depth.depth_cost(config, [(0, 2), (3, 2)], benchmark.Effort(1, 2)))
+  assert [(line['mode'], line.get('n')) for line in lines] == [('machine', None), ('depth', 0), ('depth', 3)]
+  first, last = (line['sent_bytes'] for line in lines[1:])
+  assert first['gather_once'] == last['gather_once'] > 0
+  assert 0 < first['gather_per_iteration'] < last['gather_per_iteration']
+  # At a peak of 1e12 FLOP/s and bytes/s nothing here is bound by anything but one of the two counts.
+  for line in lines[1:]:
+    assert line['sent_devices'] == jax.device_count() and line['measured_temporary_bytes'] >= 0
+    assert line['predicted_seconds'] == pytest.approx(line['seconds_median'] / line['seconds_over_predicted'])
+  assert lines[1]['predicted_seconds'] < lines[2]['predicted_seconds']
+  json.dumps(lines)
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_the_memory_of_a_call_is_what_it_holds_at_once():
+  mib = 2**20
+  hold = lambda count: np.ones(count * mib, np.uint8).sum()
+  assert 60 * mib < benchmark_depth.raised_bytes(lambda: hold(64)) < 90 * mib
+  assert 60 * mib < benchmark_depth.raised_bytes(lambda: hold(32) + hold(64)) < 90 * mib
+  assert benchmark_depth.raised_bytes(lambda: hold(1)) < 30 * mib
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
