@@ -114,30 +114,54 @@ FAKE = r"""#!/usr/bin/env bash
 echo "$@" >>calls
 case "$*" in
   *launch.train*--workdir=*flops_0) [ -f repaired ] || exit 2 ;;
-  *launch.evaluate*) all=$*; run=${all#*--workdir=}; mkdir -p "${run%% *}"; touch "${run%% *}/difficulties.json" ;;
+  *launch.evaluate*)
+    all=$*
+    run=${all#*--workdir=}
+    run=${run%% *}
+    mkdir -p "$run"
+    touch "$run/difficulties.json" "$run/exits.json"
+    ;;
 esac
 """
 
 
-def test_the_driver_goes_on_where_it_was_cut_off(tmp_path):
-  """With a python that only notes what it is asked: two runs fail, are tried again, and the rest is not."""
+@pytest.fixture
+def drive(tmp_path):
+  """drive(script) -> its exit code, with a python that only notes what it is asked; drive.calls(word): those lines."""
   (tmp_path / 'launch').mkdir()
-  for name in ('think_longer.sh', 'env.sh', 'keep_going.sh'):
+  for name in ('think_longer.sh', 'leave_early.sh', 'env.sh', 'keep_going.sh'):
     shutil.copy(ROOT / 'launch' / name, tmp_path / 'launch')
   python = tmp_path / 'bin' / 'python'
   python.parent.mkdir()
   python.write_text(FAKE)
   python.chmod(0o755)
-  drive = lambda: subprocess.run(
-    ['bash', tmp_path / 'launch/think_longer.sh'],
-    env={'PATH': f'{python.parent}:{os.environ["PATH"]}', 'VENV': 'none', 'SEEDS': '0'},
-    timeout=60,
-  )
-  calls = lambda word: [line for line in (tmp_path / 'calls').read_text().splitlines() if word in line]
-  assert drive().returncode != 0
-  assert len(calls('launch.train')) == 6 and len(calls('launch.evaluate')) == 4 and not calls('launch.figure')
+  environment = {'PATH': f'{python.parent}:{os.environ["PATH"]}', 'VENV': 'none', 'SEEDS': '0'}
+
+  def run(script):
+    return subprocess.run(['bash', tmp_path / 'launch' / script], env=environment, timeout=60).returncode
+
+  run.calls = lambda word: [line for line in (tmp_path / 'calls').read_text().splitlines() if word in line]
+  return run
+
+
+def test_thinking_longer_goes_on_where_it_was_cut_off(tmp_path, drive):
+  """Two runs fail, are tried again, and the rest is not."""
+  assert drive('think_longer.sh') != 0
+  count = lambda word: len(drive.calls(word))
+  assert (count('launch.train'), count('launch.evaluate'), count('launch.figure')) == (6, 4, 0)
   (tmp_path / 'repaired').touch()
-  assert drive().returncode == 0
-  assert len(calls('launch.train')) == 8 and len(calls('launch.evaluate')) == 6
-  (drawn,) = calls('launch.figure')
+  assert drive('think_longer.sh') == 0
+  assert (count('launch.train'), count('launch.evaluate')) == (8, 6)
+  (drawn,) = drive.calls('launch.figure')
   assert drawn.count('--run=runs/think_longer/') == 6 and '--run=runs/think_longer/automaton_same_params_0' in drawn
+
+
+def test_leaving_early_takes_runs_where_they_are_and_evaluates_them_once(drive):
+  assert drive('leave_early.sh') == 0 == drive('leave_early.sh')
+  assert len(drive.calls('launch.train')) == 6 and len(drive.calls('launch.evaluate exits')) == 3
+  (task,) = (line for line in drive.calls('launch.evaluate') if 'automaton' in line)
+  assert '--workdir=runs/think_longer/automaton_0 --depths=16 --difficulty=4 --difficulty=6' in task
+  drawn = drive.calls('launch.figure exits')
+  runs = ['leave_early/tiny_text_0', 'think_longer/automaton_0', 'think_longer/shell_game_0']
+  assert [part for part in drawn[0].split() if part.startswith('--run')] == [f'--run=runs/{run}' for run in runs]
+  assert drawn[0] == drawn[1]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latent_loop import calibration
+from latent_loop.errors import BadInput
 from latent_loop.evals import exits as exit_eval
 from latent_loop.inference import exits as rules
 from latent_loop.model.cost import Cost
@@ -65,6 +66,8 @@ def test_the_recommended_threshold_is_the_cheapest_that_is_good_enough():
   assert (cheap_head['best']['kl']['every'], numbers['best']['kl']['every']) == (1, 2)
   checks_X = np.where(settles_X == 1, 1, np.where(settles_X <= 3, 2, 3))  # after 1, 3 and, as all end there, 4
   leaves_X = np.where(settles_X == 1, 1, np.where(settles_X <= 3, 3, 4))
+  assert [row['loss'] for row in numbers['fixed']] == pytest.approx(nll_RX.mean(axis=1)), 'one depth for all'
+  assert [row['flops_per_token'] for row in numbers['fixed']] == [3 + core * r + head + 2 for r in range(1, R + 1)]
   kl = numbers['best']['kl']
   assert kl['reads'] == pytest.approx(checks_X.mean()) and kl['mean_depth'] == pytest.approx(leaves_X.mean())
   assert kl['flops_per_token'] == pytest.approx(3 + core * leaves_X.mean() + (head + 2) * checks_X.mean())
@@ -109,7 +112,10 @@ def test_a_task_is_shown_by_difficulty_and_a_mixture_by_folder():
   parts = calibration.parts_of(task)
   assert list(parts) == ['difficulty 2', 'difficulty 3']
   assert [(part.data.min_difficulty, part.data.max_difficulty) for part in parts.values()] == [(2, 2), (3, 3)]
+  assert list(calibration.parts_of(task, (5, 2, 5))) == ['difficulty 2', 'difficulty 5'], 'also beyond training'
   mixture = tiny_config(**{'data.source': 'prepared', 'data.paths': ('a', 'b'), 'data.weights': (1.0, 2.0),
                          'data.weight_changes': ((0.5, 2.0, 1.0),)})  # fmt: skip
   assert [part.data.paths for part in calibration.parts_of(mixture).values()] == [('a',), ('b',)]
   assert calibration.parts_of(tiny_config()) == {}
+  with pytest.raises(BadInput, match='--difficulty=5: trained on embedded_text, which has no difficulties'):
+    calibration.parts_of(tiny_config(), (5,))
