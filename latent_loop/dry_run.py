@@ -38,7 +38,7 @@ def describe(config: Config) -> str:
       f'  forward    {counts.forward(n + k) / 1e9:12.4f}',
       f'  + backward {model / 1e9:12.4f}   (model FLOPs; utilization is reported against this)',
       f"  + recompute{(model + again) / 1e9:12.4f}   (remat {config.model.remat}, and the logits' chunks)",
-      f'law {config.depth.kind}: mean depth drawn {depth.expected(config.depth):.2f}',
+      f'law {config.depth.kind} of mean {config.depth.mean}: mean of what it draws {depth.expected(config.depth):.2f}',
       '',
       f'mesh as asked: {mesh}',
       f'tokens per step {tokens:,}; in all {tokens * config.train.num_steps:,} over {config.train.num_steps:,} steps',

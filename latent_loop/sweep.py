@@ -27,12 +27,16 @@ def grid(base: Config, widths: Sequence[int], mean_depths: Sequence[int], tokens
       for count in tokens or [base.train.num_steps * per_step]:
         if count < per_step:
           raise BadInput(f'--tokens={count}: less than one step of {per_step} tokens; give more')
-        config = dataclasses.replace(
-          base,
-          model=_as_wide(base.model, width),
-          depth=dataclasses.replace(base.depth, mean=mean, backprop_depth=min(base.depth.backprop_depth, mean)),
-          train=dataclasses.replace(base.train, num_steps=round(count / per_step)),
-        )
+        steps = round(count / per_step)
+        try:
+          config = dataclasses.replace(
+            base,
+            model=_as_wide(base.model, width),
+            depth=dataclasses.replace(base.depth, mean=mean, backprop_depth=min(base.depth.backprop_depth, mean)),
+            train=dataclasses.replace(base.train, num_steps=steps),
+          )
+        except BadInput as error:
+          raise BadInput(f'width {width}, mean depth {mean}, {count} tokens ({steps} steps): {error}') from error
         config = dataclasses.replace(config, name=f'{base.name}_w{width}_d{mean}_s{config.train.num_steps}')
         cells[config.name] = price(config)
   return sorted(cells.values(), key=lambda cell: cell.flops)

@@ -14,7 +14,10 @@ from launch import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of a training run')
 _DEPTHS = flags.DEFINE_multi_integer(
-  'depths', None, 'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; for exits one, default the mean'
+  'depths',
+  None,
+  'test-time depth; repeat for more; default 1, 2, 4 .. 4 x mean; depths: 1, the mean and 4 x mean are always added; '
+  'exits: one, default the mean',
 )
 _DIFFICULTIES = flags.DEFINE_multi_integer(
   'difficulty',

@@ -9,9 +9,11 @@ import sys
 from latent_loop import optional
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import BAD_INPUT
+from launch import xla_flags
 
 
 def main() -> None:
+  xla_flags.forget_absent_tpus()
   try:
     lm_eval = optional.load('lm_eval', 'interop', 'launch.lm_eval')
     from lm_eval.__main__ import cli_evaluate
@@ -19,7 +21,13 @@ def main() -> None:
     from latent_loop.interop import harness  # which registers the model
 
     lm_eval.simple_evaluate = harness.by_depth(lm_eval.simple_evaluate)
-    cli_evaluate()
+    try:
+      cli_evaluate()
+    except ValueError as error:
+      if 'Tasks not found' not in str(error):
+        raise
+      advice = '`lm-eval ls tasks` lists what it knows, and --include_path FOLDER adds your own'
+      raise BadInput(f'--tasks: {str(error).splitlines()[0]}; {advice}') from error
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(BAD_INPUT)

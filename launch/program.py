@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from latent_loop.exit_codes import BAD_INPUT, BUG, SAVE_FAILED
+from launch import xla_flags
 
 
 def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
@@ -21,6 +22,7 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   fails: one of the two. A reader of standard output that leaves early, as head does: a sentence and 1. Anything else
   unforeseen: a traceback and 1.
   """
+  xla_flags.forget_absent_tpus()
   if sys.stdout is None:  # closed by whoever started this
     sys.stdout = open(os.devnull, 'w')
   sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
@@ -37,12 +39,19 @@ def _verb(rest: list[str], verbs: tuple[str, ...]) -> list[str]:
   return rest
 
 
+_HELP_OF_CONFIG = """
+  --config: experiment file, such as experiments/tiny_text.py
+  --config.KEY=VALUE: any of its keys, such as --config.optim.learning_rate=5e-3; latent_loop/config.py has them all"""
+
+
 def _parse(argv: list[str]) -> list[str]:
   from latent_loop.errors import BadInput
   from latent_loop.sealing import check_key
 
   if {'--help', '-help', '-h', '--helpfull', '--helpshort'} & set(argv[1:]):
-    print(sys.modules['__main__'].__doc__ + '\n' + flags.FLAGS.main_module_help())
+    shared = [_HELP_OF_CONFIG] if 'config' in flags.FLAGS else []
+    shared += [flags.FLAGS.module_help('launch.hosts')] if 'cluster' in flags.FLAGS else []
+    print('\n'.join([sys.modules['__main__'].__doc__, flags.FLAGS.main_module_help(), *shared]))
     sys.exit(0)
   try:
     for arg in argv[1:]:

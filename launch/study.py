@@ -57,6 +57,8 @@ def _read_study():
   from latent_loop.sealing import seal
 
   path = program.path_of('study', _required(_STUDY))
+  if not path.is_file():
+    raise BadInput(f'--study={path}: no such file; give one such as experiments/studies/recipe.py')
   try:
     found = runpy.run_path(str(path))
     variants, depths = {name: seal(config) for name, config in found['get_variants']().items()}, tuple(found['DEPTHS'])

@@ -1,10 +1,13 @@
 """What is set before JAX starts. An environment's own XLA_FLAGS stay as they are."""
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'  # how XLA_FLAGS used to ask for it; JAX 0.10 to 0.11 overlook it
 
+_GOOGLE = '0x1ae0'  # PCI vendor of TPUs
 DEVICES = '--xla_force_host_platform_device_count'
 
 
@@ -23,6 +26,20 @@ def use_threads(count: int | None) -> int:
   threads = min(count or asked, allowed)
   os.environ['NPROC'] = str(threads)
   return threads
+
+
+def forget_absent_tpus() -> None:
+  """Keeps JAX to the CPU where libtpu is installed, as launch.plan needs it, and there is no accelerator.
+
+  JAX would look for TPUs at every start, and libtpu print five lines that read like a failure.
+  """
+  if 'JAX_PLATFORMS' in os.environ or importlib.util.find_spec('libtpu') is None:
+    return
+  if any(path.name.startswith(('nvidia', 'kfd', 'dxg')) for path in Path('/dev').iterdir()):  # GPUs
+    return
+  vendors = Path('/sys/bus/pci/devices').glob('*/vendor')
+  if all(path.read_text().strip() != _GOOGLE for path in vendors):
+    os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
 def use_devices(count: int) -> None:

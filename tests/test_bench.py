@@ -184,6 +184,35 @@ def test_whoever_sets_one_thread_gets_one_thread(monkeypatch):
     xla_flags.use_threads(0)
 
 
+@pytest.mark.parametrize(
+  'installed,devices,vendors,given,want',
+  [
+    (True, [], ['0x8086'], None, 'cpu'),
+    (True, [], ['0x8086', '0x1ae0'], None, None),
+    (True, ['nvidia0'], [], None, None),
+    (False, [], [], None, None),
+    (True, [], [], 'tpu', 'tpu'),
+  ],
+  ids=['planner', 'tpu', 'gpu', 'plain', 'told'],
+)
+def test_without_tpus_the_planner_s_compiler_is_left_alone(
+  installed, devices, vendors, given, want, tmp_path, monkeypatch
+):
+  for i, vendor in enumerate(vendors):
+    (tmp_path / 'sys/bus/pci/devices' / str(i)).mkdir(parents=True)
+    (tmp_path / 'sys/bus/pci/devices' / str(i) / 'vendor').write_text(f'{vendor}\n')
+  (tmp_path / 'dev').mkdir()
+  for device in devices:
+    (tmp_path / 'dev' / device).touch()
+  monkeypatch.setattr(xla_flags, 'Path', lambda path: tmp_path / path.lstrip('/'))
+  monkeypatch.setattr(xla_flags.importlib.util, 'find_spec', lambda name: installed or None)
+  monkeypatch.delenv('JAX_PLATFORMS')
+  if given:
+    monkeypatch.setenv('JAX_PLATFORMS', given)
+  xla_flags.forget_absent_tpus()
+  assert os.environ.get('JAX_PLATFORMS') == want
+
+
 def test_random_rows_are_whole_documents():
   batch = benchmark.random_batch(tiny_config())
   assert batch.tokens_BT.shape == (B, T) and np.all(batch.segment_ids_BT == 1) and np.all(batch.weights_BT == 1)

@@ -56,6 +56,17 @@ def test_every_token_of_a_long_text_is_scored_once(model, monkeypatch):
   assert max(len(tokens) for tokens, _ in counted) == 20
 
 
+def test_a_task_that_nobody_knows_is_a_sentence(model, monkeypatch, capsys):
+  from launch import lm_eval as program
+
+  args = ['--model', 'latent_loop', '--model_args', f'workdir={model.workdir}', '--tasks', 'nothing']
+  monkeypatch.setattr('sys.argv', ['lm_eval', *args])
+  with pytest.raises(SystemExit) as end:
+    program.main()
+  assert end.value.code == 2
+  assert 'error: --tasks: Tasks not found: nothing' in capsys.readouterr().err
+
+
 def test_answers_end_at_a_stop_string(model):
   (free,) = model.generate_until(asked(('ab', {'max_gen_toks': 6})))
   if free:

@@ -113,7 +113,8 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('figure', ['sweep', '--output=/tmp/none/x'], 'not a file in a folder that exists'),
     ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl: cannot be read'),
     ('study', ['--workdir=/tmp/none'], '--study is missing'),
-    ('study', ['--study=/tmp/none.py', '--workdir=/tmp/none'], 'it does not run'),
+    ('study', ['--study=/tmp/none.py', '--workdir=/tmp/none'], 'no such file'),
+    ('study', ['--study=README.md', '--workdir=/tmp/none'], 'it does not run'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
     ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
@@ -125,6 +126,13 @@ def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
   assert words in result.stderr
   assert 'Traceback' not in result.stderr
   assert result.stderr.startswith('error: ') and len(result.stderr.splitlines()) == 1
+
+
+def test_help_names_every_flag_of_training():
+  result = launch('train', '--help')
+  assert result.returncode == 0
+  for flag in ('--config:', '--config.KEY=VALUE', '--workdir', '--cluster', '--num_processes', '--time_limit'):
+    assert flag in result.stdout, flag
 
 
 def test_a_closed_standard_input_is_missed_only_where_it_is_read():

@@ -309,7 +309,7 @@ def test_a_server_whose_scheduler_has_ended_is_not_healthy(running):
 
 
 def test_a_terminal_chat_shades_by_depth_stops_and_goes_on(engine, monkeypatch, capsys):
-  lines = iter(['hi', KeyboardInterrupt(), '', 'more', '/new', 'hi', '/quit'])
+  lines = iter(['hi', KeyboardInterrupt(), '', 'more', '/depth 4', '/new', 'hi', '/quit'])
 
   def read(prompt):
     if isinstance(line := next(lines), str):
@@ -329,7 +329,8 @@ def test_a_terminal_chat_shades_by_depth_stops_and_goes_on(engine, monkeypatch, 
   first = text_of(Bytes(), answer, STOPS)[0]
   assert prompts[0] == prompts[2] == 'user: hi\nassistant:'
   assert prompts[1] == f'user: hi\nassistant: {first.strip()}\nuser: more\nassistant:'
-  assert said.count('Ctrl-C stops an answer') == 2 and said.count('3.0 of 3 iterations each') == 3
+  assert said.count('Ctrl-C stops an answer') == 3 and '/depth: no command of this chat' in said
+  assert said.count('3.0 of 3 iterations each') == 3
   assert '\033' not in said and repl.shaded('a\n', 1, 9) == '\033[38;5;16;48;5;255ma\033[0m\n'
   assert repl.shaded('\x1b[2J', 9, 9) == '\033[38;5;16;48;5;241m\\x1b[2J\033[0m'
 

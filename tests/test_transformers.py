@@ -133,8 +133,9 @@ def test_what_transformers_saves_comes_back_bit_equal(pair, tmp_path):
 
 def test_its_tokenizer_reads_bytes(pair):
   tokenizer, text = transformers.AutoTokenizer.from_pretrained(pair[3]), 'de\u00e9p \n\tloop'
-  assert tokenizer(text)['input_ids'] == Bytes().encode([text])[0].tolist()
-  assert tokenizer.decode(tokenizer(text)['input_ids']) == text
+  ours = Bytes()
+  assert tokenizer(text)['input_ids'] == [ours.bos, *ours.encode([text])[0].tolist()], 'as a prompt of our engine'
+  assert tokenizer.decode(tokenizer(text)['input_ids'], skip_special_tokens=True) == text
   assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
 
 

@@ -191,7 +191,8 @@ def table(numbers: dict[str, Any]) -> list[str]:
   full, depth = numbers['full'], numbers['depth']
   lines = [
     f'{numbers["tokens"]} tokens; at depth {depth} for all: loss {full["loss"]:.4f}, accuracy {full["accuracy"]:.3f}',
-    f'at most {TOLERANCE_NATS} nats above that, criterion:threshold:1:iterations between checks:',
+    f'The cheapest rule of each kind that loses at most {TOLERANCE_NATS} nats more, as KIND:THRESHOLD:MIN_DEPTH:EVERY;',
+    'readings: how often a token is read out to be asked.',
     *_rows(numbers['best'], full, 'every criterion costs more; train longer or allow more depth'),
   ]
   if 'cheapest' in numbers:

@@ -60,7 +60,10 @@ class Board:
         f'a prompt of {len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens} are more than the '
         f'{self.max_total_tokens} tokens that fit together; shorten one of them',
       ),
-      (request.depth <= self.max_depth, f'depth={request.depth} is above {self.max_depth}, the most there is here'),
+      (
+        request.depth <= self.max_depth,
+        f'depth={request.depth} is above {self.max_depth}, launch.serve --max_depth',
+      ),
       (len(request.stops) <= MAX_STOPS, f'{len(request.stops)} stop tokens; give {MAX_STOPS} or fewer'),
       (0 <= low and high < vocab_size, f'token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}'),
     ):

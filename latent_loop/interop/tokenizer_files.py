@@ -70,7 +70,7 @@ def _about_bytes() -> str:
 
 
 def _bytes() -> dict[str, Any]:
-  """Bytes as a byte-level BPE without merges: token i is byte i, then the special tokens."""
+  """Bytes as a byte-level BPE without merges: token i is byte i, then the special tokens; a text begins with <bos>."""
   added = [
     {'id': 256 + i, 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
      'special': True}
@@ -80,9 +80,15 @@ def _bytes() -> dict[str, Any]:
   model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
            'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
            'vocab': {_letter(byte): byte for byte in range(256)}, 'merges': []}  # fmt: skip
+  bos, text, other = (
+    {'SpecialToken': {'id': _BYTE_SPECIALS[0], 'type_id': 0}},
+    *({'Sequence': {'id': name, 'type_id': i}} for i, name in enumerate('AB')),
+  )
+  begin = {'type': 'TemplateProcessing', 'single': [bos, text], 'pair': [bos, text, other],
+           'special_tokens': {'<bos>': {'id': '<bos>', 'ids': [utf8.BOS], 'tokens': ['<bos>']}}}  # fmt: skip
   return {
     'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
-    'pre_tokenizer': level, 'post_processor': None, 'decoder': level, 'model': model,
+    'pre_tokenizer': level, 'post_processor': begin, 'decoder': level, 'model': model,
   }  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def plan(config: Config, name: str, slices: int, global_batch: int | None, say: 
   later = MODES[MODES.index(config.mesh.weights) :]
   for mode in later:
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, weights=mode))
-    say(f'compiling the train step for {found.name}, {mode} ...')
+    what = 'compiling the train step' if found.devices else 'counting the train step, which nothing here compiles,'
+    say(f'{what} for {found.name}, {mode} ...')
     made = _compile(config, found)
     if made.fits is not False:
       break

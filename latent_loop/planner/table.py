@@ -38,7 +38,7 @@ def describe(made: Plan, numbers: dict[str, Any]) -> str:
 
 def _memory(made: Plan) -> list[tuple[str, str]]:
   if made.memory is None:
-    return [('memory', f'not known: no compiler for {made.topology.chip.name} here; arguments alone are in the step')]
+    return [('memory', f'not known, nor whether it fits: there is no compiler for {made.topology.chip.name} here')]
   used, capacity = made.memory.needed, made.capacity
   verdict = 'fits' if made.fits else f'does NOT fit, {(used - capacity) / GiB:.1f} GiB too much'
   parts = made.memory

@@ -31,6 +31,8 @@ def chat(
       return
     if line == '/new':
       said = []
+    elif line.startswith('/'):
+      print(f'{line.split()[0]}: no command of this chat. {_HINT} Depth and exit are flags of launch.generate.')
     elif line:
       said.append({'role': 'user', 'content': line})
       try:

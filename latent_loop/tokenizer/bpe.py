@@ -103,7 +103,7 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
   vocab_size counts the 256 bytes and the special tokens. Raises BadInput when the text does not fill it.
   """
   optional.load('tokenizers', 'data', 'training a tokenizer')
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
   least = 256 + len(SPECIAL_TOKENS)
   if vocab_size <= least:
@@ -123,6 +123,10 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
   )
   tokenizer.train_from_iterator(texts, trainer)
   tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+  # Other programs put the begin of a text there by this; ours put it there themselves.
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f'{BOS} $A', pair=f'{BOS} $A $B:1', special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+  )
   size = tokenizer.get_vocab_size()
   if size != vocab_size:
     raise BadInput(f'--vocab_size={vocab_size}: the text has pairs for {size} only; ask for {size}, or give more text')
