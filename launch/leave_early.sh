@@ -13,11 +13,12 @@ export NPROC=1
 one() {
   local name=$1 run=$2 seed=$3
   shift 3
+  [ ! -f "$run/exits.json" ] || return 0
   mkdir -p "$(dirname "$run")"
   echo "$run: see $run.log"
   {
     bash launch/keep_going.sh python -m launch.train "--config=experiments/$name.py" "--config.seed=$seed" "--workdir=$run"
-    [ -f "$run/exits.json" ] || python -m launch.evaluate exits "--workdir=$run" --depths=16 "$@"
+    python -m launch.evaluate exits "--workdir=$run" --depths=16 "$@"
   } >>"$run.log" 2>&1
 }
 export -f one

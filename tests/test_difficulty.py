@@ -158,7 +158,7 @@ def test_thinking_longer_goes_on_where_it_was_cut_off(tmp_path, drive):
 
 def test_leaving_early_takes_runs_where_they_are_and_evaluates_them_once(drive):
   assert drive('leave_early.sh') == 0 == drive('leave_early.sh')
-  assert len(drive.calls('launch.train')) == 6 and len(drive.calls('launch.evaluate exits')) == 3
+  assert len(drive.calls('launch.train')) == len(drive.calls('launch.evaluate exits')) == 3
   (task,) = (line for line in drive.calls('launch.evaluate') if 'automaton' in line)
   assert '--workdir=runs/think_longer/automaton_0 --depths=16 --difficulty=4 --difficulty=6' in task
   drawn = drive.calls('launch.figure exits')
