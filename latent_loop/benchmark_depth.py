@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from latent_loop.benchmark import Effort, Line, at_depth, machine, measure, timed, train_point
 from latent_loop.config import Config, DepthConfig
+from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel.chips import Chip
@@ -29,9 +29,15 @@ def depth_cost(config: Config, depths: list[tuple[int, int]], effort: Effort) ->
   predicted_seconds: the planner's roofline, with the best matrix product and the memory bandwidth measured in this
   call as the peaks. measured_temporary_bytes: by how much a step raises the memory of this process (Linux), beside
   temporary_bytes, which the compiler reserves. sent_bytes: by mode of config.mesh.weights, what each of all devices
-  here sends per step when they share the weights (fsdp), read from the program compiled for them; none with one.
+  here sends per step when they share the weights (fsdp), read from the program that the planner compiles for them, with
+  the microbatches that it chooses; none with one device.
   """
   devices = jax.devices()
+  if config.train.batch_size % len(devices):
+    raise BadInput(
+      f'config.train.batch_size={config.train.batch_size}: not a multiple of the {len(devices)} devices that share '
+      'its rows; change it, or show N devices with XLA_FLAGS=--xla_force_host_platform_device_count=N'
+    )
   mesh = meshes.make_mesh(config.mesh, devices[:1])
   speeds = {**machine(config), 'devices': 1, 'stream_bytes_per_second': stream_bytes_per_second()}
   yield speeds
@@ -40,7 +46,7 @@ def depth_cost(config: Config, depths: list[tuple[int, int]], effort: Effort) ->
   for n, k in depths:
     its = at_depth(config, n, k)
     point, state = train_point(its, mesh, state)
-    raised = raised_bytes(point.call)
+    raised = raised_bytes(point.call) if devices[0].platform == 'cpu' else None
     if k not in sent:
       sent[k] = {mode: _collectives(its, k, mode, len(devices)) for mode in _MODES} if len(devices) > 1 else {}
     counted = cost.count(build(its.model, its.depth), its.data.seq_len)
@@ -63,6 +69,8 @@ def _collectives(config: Config, k: int, mode: str, devices: int) -> list[hlo.Co
   mesh = dataclasses.replace(config.mesh, data=1, fsdp=devices, weights=mode)
   drawn = DepthConfig(mean=2 * k, backprop_depth=k)
   made = plan(dataclasses.replace(config, mesh=mesh, depth=drawn), f'cpu:{devices}', 1, None, lambda line: None)
+  if made.collectives is None or made.config.mesh.weights != mode:
+    raise BadInput(f'config.mesh.weights={mode} does not fit the memory of {devices} devices; give a smaller config')
   return made.collectives
 
 
@@ -74,13 +82,14 @@ def stream_bytes_per_second() -> float:
 
 
 def raised_bytes(call: Callable[[], object]) -> int | None:
-  """By how much `call` raises the resident memory of this process while it runs; None where Linux does not say."""
-  if not sys.platform.startswith('linux'):
-    return None
+  """By how much `call` raises the resident memory of this process while it runs; None where the system does not say."""
   jax.block_until_ready(call())
-  ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is allocated again
-  time.sleep(0.1)
-  Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+  try:
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is allocated again
+    time.sleep(0.1)
+    Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+  except (OSError, AttributeError):  # another C library, or a kernel that does not tell
+    return None
   before = _status('VmRSS')
   jax.block_until_ready(call())
   return max(_status('VmHWM') - before, 0)

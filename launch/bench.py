@@ -128,7 +128,7 @@ def _trained():
 
 def _depth() -> int:
   config = program.sealed(_CONFIG)
-  depths = depths_of('train', _DEPTHS.value or ['0,4', '8,4', '28,4'])
+  depths = depths_of('train', _DEPTHS.value or _DEFAULT_DEPTHS['train'])
   xla_flags.use_threads(_THREADS.value)
   xla_flags.use_devices(8)
   xla_flags.keep_memory()

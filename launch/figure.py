@@ -21,19 +21,9 @@ _OUTPUT = flags.DEFINE_string('output', None, 'where .json and .png go, without 
 def main(verb: str) -> int:
   from latent_loop import storage
   from latent_loop.errors import BadInput
-  from latent_loop.interop.files import entry, read_json
+  from latent_loop.interop.files import entry, read_json, read_lines
   from latent_loop.report import depth_cost, exits, heat_map, study, sweep
 
-  output = program.workdir_of(_OUTPUT.value, '--output')
-  if not output.parent.is_dir():
-    raise BadInput(f'--output={output}: not a file in a folder that exists; give another path, or make the folder')
-  lines = verb == 'depth_cost'
-  if lines and _RUNS.value:
-    raise BadInput(
-      f'--run={_RUNS.value[0]}: depth_cost gathers nothing; write what launch.bench depth prints to .jsonl'
-    )
-  source = output.with_name(f'{output.name}.json{"l" if lines else ""}')
-  picture = output.with_name(f'{output.name}.png')
   draw = {
     'difficulties': heat_map.png_of,
     'exits': exits.png_of,
@@ -41,32 +31,45 @@ def main(verb: str) -> int:
     'sweep': sweep.png_of,
     'depth_cost': depth_cost.png_of,
   }[verb]
-  where = source
+  output = program.workdir_of(_OUTPUT.value, '--output')
+  if not output.name or not output.parent.is_dir():
+    raise BadInput(f'--output={output}: not a file in a folder that exists; give another path, or make the folder')
+  lines = verb == 'depth_cost'
+  if lines and _RUNS.value:
+    raise BadInput(
+      f'--run={_RUNS.value[0]}: depth_cost gathers nothing; put what launch.bench depth prints in {output}.jsonl'
+    )
+  source = output.with_name(f'{output.name}.json{"l" if lines else ""}')
+  gathered = []
+  for run in _RUNS.value:
+    file = program.workdir_of(run, '--run') / f'{verb}.json'
+    found = read_json(file)
+    _drawn(draw, [found], file)
+    gathered.append(exits.short(found) if verb == 'exits' else found)
+  if gathered:
+    png = _drawn(draw, gathered, ', '.join(_RUNS.value))  # together; only then is anything replaced
+    storage.write(source, json.dumps({'runs': gathered}, indent=1) + '\n')
+  else:
+    png = _drawn(draw, read_lines(source) if lines else entry(source, read_json(source), 'runs', list), source)
+  picture = output.with_name(f'{output.name}.png')
   try:
-    if _RUNS.value:
-      gathered = []
-      for run in _RUNS.value:
-        where = program.workdir_of(run, '--run') / f'{verb}.json'
-        found = read_json(where)
-        draw([found])  # or a fault is of all of them
-        gathered.append(exits.short(found) if verb == 'exits' else found)
-      storage.write(source, json.dumps({'runs': gathered}, indent=1) + '\n')
-      where = source
-    png = draw(_read_lines(source) if lines else entry(source, read_json(source), 'runs', list))
-  except (LookupError, TypeError, ValueError, AttributeError) as error:
-    raise BadInput(f'{where}: not numbers of {verb} that can be drawn ({error!r}); write it again') from error
-  picture.write_bytes(png)
+    picture.write_bytes(png)
+  except OSError as error:
+    raise BadInput(f'{picture}: cannot be written ({error.strerror}); give another --output') from error
   print(f'wrote {picture} from {source}')
   return 0
 
 
-def _read_lines(source) -> list:
+def _drawn(draw, runs: list, where) -> bytes:
+  """The picture; raises BadInput where `runs`, read from `where`, are not what can be drawn."""
   from latent_loop.errors import BadInput
 
   try:
-    return [json.loads(line) for line in source.read_text().splitlines()]
-  except OSError as error:
-    raise BadInput(f'{source}: cannot be read ({error}); write there what launch.bench depth prints') from error
+    return draw(runs)
+  except BadInput as error:
+    raise BadInput(f'{where}: {error}') from error
+  except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    raise BadInput(f'{where}: not numbers that can be drawn together ({error!r}); measure them again') from error
 
 
 if __name__ == '__main__':

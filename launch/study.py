@@ -4,7 +4,8 @@ python -m launch.study --study=experiments/studies/recipe.py --workdir=runs/reci
 python -m launch.figure study --run=runs/recipe --output=experiments/results/study_recipe
 
 A study that was cut off, by a signal too, goes on when it is started again. A study file has get_variants(), which
-returns {name: config}, and DEPTHS, the test-time depths to evaluate.
+returns {name: config}, and DEPTHS, the test-time depths to evaluate. study.json has the variants and seeds of the last
+start.
 """
 
 import runpy

@@ -8,7 +8,7 @@ from pathlib import Path
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'  # how XLA_FLAGS used to ask for it; JAX 0.10 to 0.11 overlook it
 
 _GOOGLE = '0x1ae0'  # PCI vendor of TPUs
-DEVICES = '--xla_force_host_platform_device_count'
+_DEVICES = '--xla_force_host_platform_device_count'
 
 
 def use_threads(count: int | None) -> int:
@@ -37,16 +37,16 @@ def forget_absent_tpus() -> None:
     return
   if any(path.name.startswith(('nvidia', 'kfd', 'dxg')) for path in Path('/dev').iterdir()):  # GPUs
     return
-  vendors = Path('/sys/bus/pci/devices').glob('*/vendor')
-  if all(path.read_text().strip() != _GOOGLE for path in vendors):
+  vendors = {path.read_text().strip() for path in Path('/sys/bus/pci/devices').glob('*/vendor')}
+  if vendors and _GOOGLE not in vendors:
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
 def use_devices(count: int) -> None:
   """Shows the CPU as `count` devices, unless XLA_FLAGS already say a number."""
   xla_flags = os.environ.get('XLA_FLAGS', '')
-  if DEVICES not in xla_flags:
-    os.environ['XLA_FLAGS'] = f'{xla_flags} {DEVICES}={count}'.strip()
+  if _DEVICES not in xla_flags:
+    os.environ['XLA_FLAGS'] = f'{xla_flags} {_DEVICES}={count}'.strip()
 
 
 MALLOC = ':'.join(

@@ -95,3 +95,26 @@ def test_a_file_of_something_else_is_named_and_nothing_is_overwritten(content, t
   with pytest.raises(BadInput, match=rf'{tmp_path}/sweep\.json'):
     draw('sweep', [tmp_path])
   assert (tmp_path / 'out.json').read_text() == 'kept' and not (tmp_path / 'out.png').exists()
+
+
+def test_runs_that_cannot_be_drawn_together_replace_nothing(tmp_path, draw):
+  run = lambda depth: {
+    'name': 'walk', 'task': 'walk', 'depth_law': 'fixed', 'mean_depth': depth, 'seed': 0, 'chance_accuracy': 0.1,
+    'trained_difficulties': [1, 4], 'exact_match': {'4': {str(depth): 0.2}},
+  }  # fmt: skip
+  for depth in (1, 2):
+    (tmp_path / str(depth)).mkdir()
+    (tmp_path / str(depth) / 'difficulties.json').write_text(json.dumps(run(depth)))
+  (tmp_path / 'out.json').write_text('kept')
+  with pytest.raises(BadInput, match='/1, .*/2: the runs on walk were asked different difficulties'):
+    draw('difficulties', [tmp_path / '1', tmp_path / '2'])
+  assert (tmp_path / 'out.json').read_text() == 'kept'
+  with pytest.raises(BadInput, match=f'^{tmp_path}/3/difficulties.json: no such file'):
+    draw('difficulties', [tmp_path / '3'])
+
+
+@pytest.mark.parametrize('content', ['', '{}', '[', '{"mode": "depth", "n": ' + '9' * 400 + '}', '[' * 10**5])
+def test_lines_of_something_else_are_refused(content, tmp_path, draw):
+  (tmp_path / 'out.jsonl').write_text(content)
+  with pytest.raises(BadInput, match=f'^{tmp_path}/out.jsonl: not '):
+    draw('depth_cost')

@@ -62,7 +62,7 @@ class Board:
       ),
       (
         request.depth <= self.max_depth,
-        f'depth={request.depth} is above {self.max_depth}, launch.serve --max_depth',
+        f'depth={request.depth} is above {self.max_depth}; ask for less, or see --max_depth',
       ),
       (len(request.stops) <= MAX_STOPS, f'{len(request.stops)} stop tokens; give {MAX_STOPS} or fewer'),
       (0 <= low and high < vocab_size, f'token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}'),

@@ -28,6 +28,14 @@ def read_json(path: Path) -> dict[str, Any]:
   return values
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """Of a .jsonl."""
+  try:
+    return [json.loads(line, parse_int=_integer) for line in path.read_text(encoding='utf-8').splitlines()]
+  except (OSError, ValueError, RecursionError) as error:
+    raise BadInput(f'{path}: not readable JSON lines ({error}); write them again') from error
+
+
 def _integer(digits: str) -> int:
   """Numbers beyond this are nobody's size, and turn into no float."""
   if len(digits) > 18:

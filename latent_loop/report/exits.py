@@ -21,7 +21,7 @@ def _front(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
   for row in sorted(rows, key=lambda row: (row['flops_per_token'], row['loss'])):
     if row['loss'] < best:
       best = row['loss']
-      kept.append({name: float(f'{value:.6g}') for name, value in row.items()})
+      kept.append({name: float(f'{value:.6g}') if isinstance(value, float) else value for name, value in row.items()})
   return kept
 
 

@@ -11,8 +11,8 @@ from latent_loop.report import canvas
 Run = dict[str, Any]  # difficulties.json of a run
 
 
-def check(run: Any, where: object) -> None:
-  """Raises BadInput when `run`, read from `where`, is not what launch.evaluate difficulties writes."""
+def check(run: Any) -> None:
+  """Raises BadInput when `run` is not what launch.evaluate difficulties writes."""
   try:
     values = column([run], str(run['mean_depth'])).astype(float)
     low, high = map(int, run['trained_difficulties'])
@@ -21,7 +21,7 @@ def check(run: Any, where: object) -> None:
   except (AttributeError, KeyError, TypeError, ValueError):
     good = False
   if not good:
-    raise BadInput(f'{where}: not what launch.evaluate difficulties writes, or not at the mean depth; write it again')
+    raise BadInput('not what launch.evaluate difficulties writes, or not at the mean depth; write it again')
 
 
 def experiments_of(runs: Sequence[Run]) -> dict[str, list[list[Run]]]:
@@ -44,6 +44,8 @@ def column(experiment: Sequence[Run], depth: str) -> np.ndarray:
 
 def png_of(runs: Sequence[Run]) -> bytes:
   """The picture; a cell holds the mean over seeds in percent, and the worst and the best seed below it."""
+  for run in runs:
+    check(run)
   tasks = experiments_of(runs)
   figure, axes = canvas.blank(len(tasks), 2, (12, 4.2 * len(tasks)), width_ratios=(4, 1))
   for (left, right), (task, (looped, *fixed)) in zip(axes, tasks.items(), strict=True):
