@@ -53,6 +53,7 @@ def _quality(axes: Any, name: str, seeds: Sequence[Run]) -> None:
     title=f'{name}: quality against compute, seeds {", ".join(str(run["seed"]) for run in seeds)}',
   )
   axes.set_yscale('symlog', linthresh=0.01)
+  axes.set_ylim(bottom=-0.003)
   axes.legend(fontsize='small')
 
 
