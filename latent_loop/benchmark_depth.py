@@ -85,8 +85,8 @@ def raised_bytes(call: Callable[[], object]) -> int | None:
   """By how much `call` raises the resident memory of this process while it runs; None where the system does not say."""
   jax.block_until_ready(call())
   try:
+    time.sleep(0.5)  # XLA frees the temporaries of a call on another thread, somewhat later
     ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is allocated again
-    time.sleep(0.1)
     Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
   except (OSError, AttributeError):  # another C library, or a kernel that does not tell
     return None
