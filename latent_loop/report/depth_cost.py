@@ -7,7 +7,7 @@ from latent_loop.report import canvas
 
 
 def png_of(lines: Sequence[Mapping[str, Any]]) -> bytes:
-  """Points are measured, lines predicted; of the JSON lines of one call."""
+  """Points are measured, lines predicted; of the JSON lines of one call, or of several on one machine."""
   points = sorted((line for line in lines if line['mode'] == 'depth'), key=lambda line: line['n'])
   figure, axes = canvas.blank(1, 3, (16, 4.8))
   seconds, memory, sent = axes[0]
