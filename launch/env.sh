@@ -57,3 +57,24 @@ ensure_venv() {
 keep_freed_memory() {
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$(python -c 'from launch import xla_flags; print(xla_flags.MALLOC)')}
 }
+
+# side_by_side TRIAL...: each is the arguments of trial, in one word; JOBS=2 at a time, of one thread each.
+side_by_side() {
+  keep_freed_memory
+  export -f trial
+  printf '%s\n' "$@" | NPROC=1 xargs -L 1 -P "${JOBS:-2}" bash -euc 'trial "$@"' trial
+}
+
+# trial VERB EXPERIMENT SEED RUN [ARGUMENT...]: trains and evaluates by launch.evaluate VERB, unless that is done.
+trial() {
+  local verb=$1 experiment=$2 seed=$3 run=$4
+  shift 4
+  [ ! -f "$run/$verb.json" ] || return 0
+  mkdir -p "$(dirname "$run")"
+  echo "$run: see $run.log"
+  {
+    bash launch/keep_going.sh python -m launch.train "--config=experiments/$experiment.py" "--config.seed=$seed" \
+      "--workdir=$run"
+    python -m launch.evaluate "$verb" "--workdir=$run" "$@"
+  } >>"$run.log" 2>&1
+}

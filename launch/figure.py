@@ -48,14 +48,15 @@ def main(verb: str) -> int:
     gathered.append(exits.short(found) if verb == 'exits' else found)
   if gathered:
     png = _drawn(draw, gathered, ', '.join(_RUNS.value))  # together; only then is anything replaced
-    storage.write(source, json.dumps({'runs': gathered}, indent=1) + '\n')
   else:
     png = _drawn(draw, read_lines(source) if lines else entry(source, read_json(source), 'runs', list), source)
   picture = output.with_name(f'{output.name}.png')
   try:
+    if gathered:
+      storage.write(source, json.dumps({'runs': gathered}, indent=1) + '\n')
     picture.write_bytes(png)
   except OSError as error:
-    raise BadInput(f'{picture}: cannot be written ({error.strerror}); give another --output') from error
+    raise BadInput(f'--output={output}: cannot be written ({error.strerror}); give another path') from error
   print(f'wrote {picture} from {source}')
   return 0
 

@@ -118,6 +118,9 @@ def test_the_byte_tokenizer_reads_as_bytes(there_and_back):
   assert theirs.encode([text])[0].tolist() == ours.encode([text])[0].tolist()
   assert (theirs.bos, theirs.eos, theirs.pad, theirs.vocab_size) == (ours.bos, ours.eos, ours.pad, ours.vocab_size)
   assert tokenizer_files.is_bytes(path)
+  older = json.loads(path.read_text()) | {'post_processor': None}
+  (path.parent / 'older.json').write_text(json.dumps(older))
+  assert tokenizer_files.is_bytes(path.parent / 'older.json')
   generation = json.loads((there_and_back[2] / to_hf.GENERATION).read_text())
   assert (generation['bos_token_id'], generation['eos_token_id'], generation['pad_token_id']) == (256, 257, 258)
 

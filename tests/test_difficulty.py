@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_loop import difficulty
+from latent_loop import calibration, data, difficulty
 from latent_loop.batch import Batch
 from latent_loop.errors import BadInput
 from latent_loop.evals.exact import make_right_eval, whole_answers
@@ -72,6 +72,13 @@ def test_every_difficulty_is_asked_at_every_depth(this, tmp_path):
 
 def test_harder_means_half_as_hard_again_and_twice(this):
   assert difficulty.default_difficulties(this.config.data) == (3, 5, 6)
+
+
+def test_a_difficulty_that_was_asked_for_does_not_vanish_from_the_exits(this, tmp_path):
+  source = data.make_source(this.config)
+  with pytest.raises(BadInput, match='seq_len=20 is too short'):
+    calibration.write_exits(this, tmp_path, source, 2, difficulties=(3, 1000))
+  assert not (tmp_path / 'exits.json').exists()
 
 
 def test_text_has_no_difficulties(tmp_path):
