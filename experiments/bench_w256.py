@@ -16,7 +16,7 @@ def get_config():
   model.num_prelude_layers, model.num_core_layers, model.num_coda_layers = 2, 4, 2
   model.remat = 'none'  # 4 graded iterations of 1024 tokens: all activations fit
   config.depth.mean, config.depth.backprop_depth = 32, 4
-  config.data.seq_len = 256
+  config.data.seq_len, config.data.documents = 256, 'together'  # as the twin, which has no document masks
   config.optim.learning_rate, config.optim.clip_norm = 1e-4, None
   config.train.batch_size = 4
   return config

@@ -23,11 +23,10 @@ from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Engine, Request
 from latent_loop.kernels.choice import choose_attention
 from latent_loop.model import Params, build, cost
-from latent_loop.model.layers import Rows
 from latent_loop.optim import make_optimizer
 from latent_loop.parallel import chips, sharding
 from latent_loop.parallel import mesh as meshes
-from latent_loop.step import make_sharded_state, make_train_step
+from latent_loop.step import make_sharded_state, make_train_step, rows_of
 from latent_loop.twin import Twin
 
 Line = dict[str, Any]
@@ -105,13 +104,16 @@ def machine(config: Config) -> Line:
 
 
 def best_matmul(dtype: str) -> float:
-  """FLOP/s of the fastest square matrix product on one device, over a few sizes."""
+  """FLOP/s of the fastest square matrix product on one device, over a few sizes; of random numbers.
+
+  Constant ones draw less power, and a GPU multiplies them faster than any it will meet.
+  """
   sizes = (512, 1024, 2048) if jax.default_backend() == 'cpu' else (4096, 8192, 16384)
   speeds = []
   for size in sizes:
     count = max(sizes) // size  # in a row, so that small products are not all dispatch
     product = jax.jit(lambda x, w, count=count: jax.lax.fori_loop(0, count, lambda _, x: x @ w, x))
-    x, w = jnp.ones((size, size), dtype), jnp.full((size, size), 1 / size, dtype)
+    x, w = (jax.random.normal(jax.random.key(i), (size, size), dtype) / size**0.5 for i in range(2))
     timed(lambda: product(x, w), 1)  # noqa: B023 (called at once)
     speeds.append(2 * count * size**3 / min(timed(lambda: product(x, w), 5)))  # noqa: B023
   return max(speeds)
@@ -231,10 +233,10 @@ def core_seconds(config: Config, mesh: Mesh, params: Params, effort: Effort) -> 
   """Median seconds of one application of the core, forward only, in a program of its own."""
   model = build(config.model, config.depth)
   batch = jax.device_put(random_batch(config), NamedSharding(mesh, sharding.BATCH))
-  rows = Rows(batch.positions_BT, batch.segment_ids_BT)
   with jax.set_mesh(mesh):
     params = jax.jit(model.cast)(params)
-    e_BTD, core = jax.jit(model.embed_input)(params, batch.tokens_BT, rows), jax.jit(model.apply_core)
+    rows = jax.jit(lambda batch: rows_of(batch, config.data.one_document).ready(config.model))(batch)
+    e_BTD, core = jax.jit(model.embed_input)(params, batch.tokens_BT, rows), jax.jit(model.iterate)
     seconds = timed(lambda: core(params, e_BTD, e_BTD, rows), effort.rounds * effort.repeats + 1)
   return statistics.median(seconds[1:])
 

@@ -116,6 +116,8 @@ class DataConfig:
   weight_changes: tuple[tuple[float, ...], ...] = ()  # each: share of the steps from which it holds, then new weights;
   # training alone: validation keeps the first ones, so that its losses can be compared
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
+  documents: Literal['apart', 'together'] = 'apart'  # together: a token sees all earlier ones of its row and counts its
+  # place from the row's begin, whatever documents they are of, as the references train; the faster of the two
   read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
   column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
   bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
@@ -175,6 +177,11 @@ class DataConfig:
       f'config.data.weights={weights}: {", ".join(never)} would never be read; give it a positive number, there or in '
       'config.data.weight_changes, or leave out the path',
     )
+
+  @property
+  def one_document(self) -> bool:
+    """Whether a row counts as one document, padded at its end if at all: causal attention needs no other mask then."""
+    return self.documents == 'together' or (self.source == 'parquet' and self.bos is None)
 
   @property
   def all_weights(self) -> tuple:

@@ -96,8 +96,8 @@ def open_data(config: Config, mesh: Any, workdir: Path) -> tuple[data.Source, Ba
   source = data.make_source(config)
   mine = trained.rows_here(config.train.batch_size, mesh)
   changes = config.data.changes_of(config.train.num_steps)
-  rows, threads = source.rows('train'), config.data.read_threads
-  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads, changes)
+  rows, threads, together = source.rows('train'), config.data.read_threads, config.data.documents == 'together'
+  batches = Batches(rows, config.seed, config.train.batch_size, mine, threads, changes, together)
   batches.rollbacks = rollback.read(workdir)
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 

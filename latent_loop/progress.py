@@ -49,7 +49,9 @@ class Profiler:
   def before(self, step: int) -> None:
     """Starts or stops the trace ahead of `step`."""
     if self._steps and step == self._steps[0] and not self._tracing:  # a run may roll back to it
-      jax.profiler.start_trace(str(self._folder))
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # it walks the stacks of threads that may be ending: a trace killed a test so
+      jax.profiler.start_trace(str(self._folder), profiler_options=options)
       self._tracing = True
     elif self._steps and step == self._steps[1] and self._tracing:
       self._stop()

@@ -59,8 +59,9 @@ def make_sharded_state(config: Config, model: Model, optimizer: optax.GradientTr
   return jax.jit(init, out_shardings=specs, compiler_options=options), specs
 
 
-def rows_of(batch: Batch) -> Rows:
-  return Rows(batch.positions_BT, batch.segment_ids_BT)
+def rows_of(batch: Batch, one_document: bool = False) -> Rows:
+  """What attention must know. one_document: rows are known to need no mask but the causal one; a mask costs time."""
+  return Rows(batch.positions_BT, None if one_document else batch.segment_ids_BT)
 
 
 def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, cfg: TrainConfig) -> Mean:
@@ -93,7 +94,8 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
   def loss_fn(weights, batch, example_ids_B, key, n, k, total_weight):
     weights = gathering.ahead_of_microbatch(weights, batch)
     s_BTD = model.init_state(key, example_ids_B, batch.tokens_BT.shape[1])
-    y_BTD = model.forward(weights, s_BTD, batch.tokens_BT, rows_of(batch), n, k, fetch)
+    rows = rows_of(batch, config.data.one_document)
+    y_BTD = model.forward(weights, s_BTD, batch.tokens_BT, rows, n, k, fetch)
     return chunked_loss(model, weights, y_BTD, batch, config.train).total / total_weight
 
   def gradients(params, batch, example_ids_B, *scalars):

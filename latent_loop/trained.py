@@ -117,8 +117,9 @@ def validation_batches(config: Config, mesh: Mesh, source: data.Source) -> tuple
   passes = config.train.num_microbatches
   meshes.check_batch(config.train.batch_size, passes, mesh.shape)
   size = config.train.batch_size // passes
-  rows = source.rows('validation')
-  return Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh)), config.eval.num_batches * passes
+  rows, together = source.rows('validation'), config.data.documents == 'together'
+  batches = Batches(rows, VALIDATION_SEED, size, rows_here(size, mesh), together=together)
+  return batches, config.eval.num_batches * passes
 
 
 def make_evaluator(

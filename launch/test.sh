@@ -10,5 +10,6 @@ ensure_environment launch/requirements/dev.txt launch/requirements/data.txt laun
 unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes, which need not compile the same files each
 ruff check .
 ruff format --check --quiet .
+# A worker that crashes ends the run, since xdist would wait for ever for the rest of its file.
 # In the order of their names: xdist would leave files with few tests to the end, and those are the slowest.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"

@@ -48,5 +48,14 @@ def _to_row(window: np.ndarray, starts: np.ndarray, padding: np.ndarray, weights
   }
 
 
+def joined(row: Row) -> Row:
+  """The documents of a row as one; what is predicted stays as it was."""
+  return {
+    **row,
+    'positions_BT': np.arange(len(row['positions_BT']), dtype=np.int32),
+    'segment_ids_BT': (row['segment_ids_BT'] > 0).astype(np.int32),
+  }
+
+
 def stack(rows: list[Row]) -> Batch:
   return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})

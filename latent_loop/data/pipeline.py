@@ -14,7 +14,7 @@ import numpy as np
 from latent_loop.batch import Batch
 from latent_loop.data import Rows
 from latent_loop.data.mixture import Mixture, Woven
-from latent_loop.data.packing import stack
+from latent_loop.data.packing import joined, stack
 from latent_loop.data.parquet import ParquetRows
 from latent_loop.data.windows import Windows
 from latent_loop.trust import rollback
@@ -54,16 +54,18 @@ class Batches:
     mine: Sequence[int] | None = None,
     threads: int = 1,
     changes: Changes = (),
+    together: bool = False,
   ):
     """mine: which rows of each global batch to build; None = all. threads: how many of them are read at once.
 
-    changes: the steps from which a mixture has other weights.
+    changes: the steps from which a mixture has other weights. together: config.data.documents says so.
     """
     self._rows = rows
     self._order = make_order(rows, seed, [(step * batch_size, weights) for step, weights in changes])
     self.rollbacks: tuple[Rollback, ...] = ()
     self._global, self._mine = batch_size, range(batch_size) if mine is None else mine
     self._map = concurrent.futures.ThreadPoolExecutor(threads).map if threads > 1 else map
+    self._row = (lambda i: joined(rows[i])) if together else rows.__getitem__
 
   def row_ids(self, step: int) -> list[int]:
     """Which rows this process builds at `step`."""
@@ -72,7 +74,7 @@ class Batches:
 
   def batch(self, step: int) -> Batch:
     """This process's rows of the global batch at `step`."""
-    return stack(list(self._map(self._rows.__getitem__, self.row_ids(step))))
+    return stack(list(self._map(self._row, self.row_ids(step))))
 
   def hash(self, step: int) -> str:
     """Which examples the global batch at `step` holds, in order; each process finds it by itself."""

@@ -80,7 +80,7 @@ class CachedRows:
   def __init__(
     self, layers: list[Layer], slot, positions_BT: jax.Array, writes_BT: jax.Array, fresh: bool, rows_B=None
   ):
-    self.positions_BT, self.written = positions_BT, []
+    self.positions_BT, self.turn, self.written = positions_BT, None, []
     self._layers, self._slot, self._writes_BT, self._fresh = layers, jnp.asarray(slot), writes_BT, fresh
     self._rows_B = rows_B
 

@@ -58,8 +58,16 @@ class Model:
   def embed_input(self, params: Params, tokens_BT: jax.Array, rows: Rows) -> jax.Array:
     return self._bind(params).embed_input(tokens_BT, rows)
 
+  def drive(self, params: Params, e_BTD: jax.Array) -> jax.Array:
+    return self._bind(params).drive(e_BTD)
+
+  def iterate(self, params: Params, s_BTD: jax.Array, u_BTD: jax.Array, rows: Rows) -> jax.Array:
+    """One iteration, for loops, which have u = drive(e) ahead of them."""
+    return self._bind(params).iterate(s_BTD, u_BTD, rows)
+
   def apply_core(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows) -> jax.Array:
-    return self._bind(params).apply_core(s_BTD, e_BTD, rows)
+    """One iteration by itself."""
+    return self.iterate(params, s_BTD, self.drive(params, e_BTD), rows)
 
   def leave_core(self, params: Params, s_BTD: jax.Array) -> jax.Array:
     return self._bind(params).leave_core(s_BTD)
@@ -72,8 +80,9 @@ class Model:
 
   def advance(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows, count) -> jax.Array:
     """The state `count` iterations on; for evaluation and decoding, without gradient."""
+    rows, u_BTD = rows.ready(self.cfg), self.drive(params, e_BTD)
     with jax.named_scope(LOOP_SCOPE):
-      return iterate(lambda s: self.apply_core(params, s, e_BTD, rows), s_BTD, count)
+      return iterate(lambda s: self.iterate(params, s, u_BTD, rows), s_BTD, count)
 
   def forward(
     self, params: Params, s_BTD: jax.Array, tokens_BT: jax.Array, rows: Rows, n, k, fetch: Fetch | None = None
@@ -82,19 +91,20 @@ class Model:
 
     fetch: makes the core's weights whole inside each iteration, where they are not whole yet.
     """
-    e_BTD = self.embed_input(params, tokens_BT, rows)
+    rows = rows.ready(self.cfg)
+    u_BTD = self.drive(params, self.embed_input(params, tokens_BT, rows))
 
-    def core(params, s_BTD, e_BTD):
+    def core(params, s_BTD, u_BTD):
       whole = params if fetch is None else fetch(params, s_BTD)
-      return self.apply_core(whole, s_BTD, e_BTD, rows)
+      return self.iterate(whole, s_BTD, u_BTD, rows)
 
     with jax.named_scope(LOOP_SCOPE):
       # Cut on the way in and on the way out: a loop of unknown length has no reverse mode.
-      stopped, s_BTD, stopped_e_BTD = jax.lax.stop_gradient((params, s_BTD, e_BTD))
-      s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_e_BTD), s_BTD, n))
+      stopped, s_BTD, stopped_u_BTD = jax.lax.stop_gradient((params, s_BTD, u_BTD))
+      s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_u_BTD), s_BTD, n))
       # What an iteration fetches must not be kept for the backward pass, or all of it would be whole at once.
       remat = self.cfg.remat == 'iteration' or fetch is not None
-      iteration = lambda s: core(params, s, e_BTD)
+      iteration = lambda s: core(params, s, u_BTD)
       s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat)
     return self.apply_coda(params, s_BTD, rows)
 

@@ -19,7 +19,7 @@ class Cost:
   """Parameters by part, and FLOPs per token for rows of seq_len tokens."""
 
   parameters: dict[str, int]
-  outer: int  # forward FLOPs of prelude, coda and what stands between loop and coda
+  outer: int  # forward FLOPs of prelude, coda and what stands between them and the loop
   core: int  # forward FLOPs of one iteration
   head: int  # forward FLOPs of the logits
   remat: str
@@ -66,10 +66,12 @@ def count(model: Model, seq_len: int) -> Cost:
   outer = blocks('prelude', cfg.num_prelude_layers) + coda
   core_exit = 2 * matrices.get('core_exit', 0)
   core = blocks('core', cfg.num_core_layers)
+  injection = 2 * matrices.get('injection', 0)
+  join = injection // 2 if cfg.injection == 'linear' else 0  # the part of it that reads the state; the rest runs once
   return Cost(
     parameters=parameters,
-    outer=outer + core_exit,
-    core=core + 2 * matrices.get('injection', 0),
+    outer=outer + core_exit + injection - join,
+    core=core + join,
     head=2 * parameters['embed'],
     remat=cfg.remat,
     coda=coda + core_exit,

@@ -19,16 +19,17 @@ def iterate(core: Core, s_BTD: jax.Array, count: jax.Array | int) -> jax.Array:
 def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: bool) -> jax.Array:
   """`k` applications with gradient out of `max_k` compiled ones (k may be traced, max_k is static).
 
-  An iteration past k passes the state through. With `remat` only the state between iterations is kept
-  for the backward pass, and each iteration is computed again there. Without, iterations stand one after another
-  in the program: a scan would copy everything that the backward pass reads into stacked arrays.
+  With `remat` only the state between iterations is kept for the backward pass, where each iteration is computed
+  again; those past k are not run. Without, max_k iterations stand one after another in the program and all are
+  computed, those past k for nothing, which few draws ask for: behind a branch, or stacked by a scan, everything that
+  the backward pass might read is written to memory, and the step costs up to three times the memory and twice the
+  time (experiments/LOG.md).
   """
-  step = lambda s, i: jax.lax.cond(i < k, core, lambda s: s, s)
   if not remat:
     for i in range(max_k):
-      s_BTD = step(s_BTD, i)
+      s_BTD = jnp.where(i < k, core(s_BTD), s_BTD)
     return s_BTD
-  body = jax.checkpoint(lambda s, i: (step(s, i), None), prevent_cse=False)
+  body = jax.checkpoint(lambda s, i: (jax.lax.cond(i < k, core, lambda s: s, s), None), prevent_cse=False)
   return jax.lax.scan(body, s_BTD, jnp.arange(max_k))[0]
 
 

@@ -1,7 +1,7 @@
-"""How the embedded input e enters the core: one signature (s_BTD, e_BTD) -> x_BTD for every kind.
+"""How the embedded input e enters the core: x = join(s, drive(e)), the same two steps for every kind.
 
-It is applied at the start of each iteration, before the core's blocks, so the fixed point depends on
-the input at every depth.
+It enters at the start of each iteration, before the core's blocks, so the fixed point depends on the input at every
+depth. What does not depend on the state, `drive`, is computed once, ahead of the loop over depth.
 """
 
 import math
@@ -12,7 +12,7 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.model import initializers
-from latent_loop.model.layers import Projection
+from latent_loop.model.layers import Projection, project
 
 
 class LinearInjection(Projection):
@@ -21,8 +21,11 @@ class LinearInjection(Projection):
   def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
     super().__init__((2 * cfg.width, cfg.width), inits.inner, key)
 
-  def __call__(self, s_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
-    return super().__call__(jnp.concatenate([s_BTD, e_BTD], axis=-1))
+  def drive(self, e_BTD: jax.Array) -> jax.Array:
+    return project(e_BTD, self.kernel[e_BTD.shape[-1] :])
+
+  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
+    return project(s_BTD, self.kernel[: s_BTD.shape[-1]]) + u_BTD
 
 
 class AddInjection(nnx.Module):
@@ -31,8 +34,11 @@ class AddInjection(nnx.Module):
   def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
     pass
 
-  def __call__(self, s_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
-    return s_BTD + e_BTD
+  def drive(self, e_BTD: jax.Array) -> jax.Array:
+    return e_BTD
+
+  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
+    return s_BTD + u_BTD
 
 
 class DiagonalInjection(nnx.Module):
@@ -48,12 +54,13 @@ class DiagonalInjection(nnx.Module):
     self.dt_bias = nnx.Param(jnp.full((cfg.width,), math.log(math.expm1(dt)), jnp.float32))
     self.b = nnx.Param(jnp.eye(cfg.width, dtype=jnp.float32))
 
-  def __call__(self, s_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
-    dt_D = jax.nn.softplus(self.dt_bias[...])
-    decay_D = jnp.exp(-dt_D * jnp.exp(self.log_a[...]))
-    eb_BTD = jnp.einsum('BTC,CD->BTD', e_BTD, self.b[...].astype(e_BTD.dtype))
-    x_BTD = decay_D[None, None, :] * s_BTD + dt_D[None, None, :] * eb_BTD
-    return x_BTD.astype(s_BTD.dtype)
+  def drive(self, e_BTD: jax.Array) -> jax.Array:
+    eb_BTD = project(e_BTD, self.b[...].astype(e_BTD.dtype))
+    return (jax.nn.softplus(self.dt_bias[...])[None, None, :] * eb_BTD).astype(e_BTD.dtype)
+
+  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
+    decay_D = jnp.exp(-jax.nn.softplus(self.dt_bias[...]) * jnp.exp(self.log_a[...]))
+    return (decay_D[None, None, :] * s_BTD + u_BTD).astype(s_BTD.dtype)
 
 
 INJECTIONS = {'linear': LinearInjection, 'add': AddInjection, 'diagonal': DiagonalInjection}

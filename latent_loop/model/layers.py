@@ -26,10 +26,20 @@ class Rows:
 
   positions_BT: place of each token in its document, from 0.
   segment_ids_BT: tokens see only tokens of the same segment; 0 marks padding. None: a row is one document.
+  turn: what `turn_of` makes of the positions, where it was made ahead.
   """
 
   positions_BT: jax.Array
   segment_ids_BT: jax.Array | None
+  turn: tuple[jax.Array, jax.Array] | None = None
+
+  def ready(self, cfg: ModelConfig) -> 'Rows':
+    """The same with its rotary tables, for all layers and iterations that follow.
+
+    Made in a loop over rows, since what a loop makes is kept in memory: the CPU compiler would put a cosine and a sine
+    for every head into each pass that reads them, a tenth of an iteration (experiments/LOG.md).
+    """
+    return dataclasses.replace(self, turn=jax.lax.map(lambda positions_T: turn_of(positions_T, cfg), self.positions_BT))
 
   def attend(self, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Causal attention inside segments, by what config.model.attention means on this platform."""
@@ -59,19 +69,25 @@ class RMSNorm(nnx.Module):
     return (rms_norm(x_BTD, self.eps) * self.scale[...][None, None, :]).astype(x_BTD.dtype)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+def turn_of(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the rotary embedding at positions [..., T]: [..., T, 1, 1, H/2] in float32."""
+  half = cfg.head_dim // 2
+  frequencies = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None, None].astype(jnp.float32) * frequencies.reshape((1,) * (positions.ndim + 2) + (half,))
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Rotary embedding of pairs (i, i + H/2), in float32.
 
   The reference rotates interleaved pairs (2i, 2i + 1); interop/ permutes query and key weights between
   the two layouts, which leaves every attention score the same. Halves avoid a minor axis of size 2.
   """
-  half = x_BTNH.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles_BT11H = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :])[:, :, None, None]
-  x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, half)
+  cos_BT11H, sin_BT11H = turn
+  x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
   # Pairs swapped by a reversal: joining two halves was slow on a CPU (experiments/LOG.md).
   turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])[None, None, None]
-  y_BTN2H = x_BTN2H * jnp.cos(angles_BT11H) + turned_BTN2H * jnp.sin(angles_BT11H)
+  y_BTN2H = x_BTN2H * cos_BT11H + turned_BTN2H * sin_BT11H
   return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
@@ -100,23 +116,29 @@ def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, row
 
 def masked_attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, seen: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over the places that are `seen`, [B or 1, 1, T, S]."""
+  q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5  # not the scores: more numbers, and on a CPU a pass over them by itself
   scores = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(scores * q_BNTH.shape[-1] ** -0.5 + jnp.where(seen, 0.0, -1e30), axis=-1)
+  weights = jax.nn.softmax(scores + jnp.where(seen, 0.0, -1e30), axis=-1)
   return jnp.einsum('BNTS,BNSH->BNTH', weights.astype(v_BNSH.dtype), v_BNSH)
 
 
+def project(x_BTC: jax.Array, w_CY: jax.Array) -> jax.Array:
+  """x @ w over all tokens as one axis."""
+  B, T, _ = x_BTC.shape
+  return product(x_BTC.reshape(B * T, -1), w_CY, target_platform()).reshape(B, T, -1)
+
+
 class Projection(nnx.Module):
-  """A linear map without bias, of the last `num_in` axes of its input, over all tokens as one axis X."""
+  """A linear map without bias, of the last `num_in` axes of its input."""
 
   def __init__(self, shape: tuple[int, ...], init: initializers.Init, key: jax.Array, num_in: int = 1):
     self.kernel = nnx.Param(init(key, shape))
     self.num_in = num_in
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    B, T, *_ = x.shape
     kernel, outer = self.kernel[...], self.kernel.shape[self.num_in :]
-    y = product(x.reshape(B * T, -1), kernel.reshape(-1, math.prod(outer)), target_platform())
-    return y.reshape(B, T, *outer)
+    y_BTY = project(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, math.prod(outer)))
+    return y_BTY.reshape(*x.shape[:2], *outer)
 
 
 class BiasedProjection(Projection):
@@ -145,8 +167,8 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     cfg = self.cfg
-    q_BTNH = rotate(self.q(x_BTD), rows.positions_BT, cfg.rope_base)
-    k_BTNH = rotate(self.k(x_BTD), rows.positions_BT, cfg.rope_base)
+    turn = turn_of(rows.positions_BT, cfg) if rows.turn is None else rows.turn
+    q_BTNH, k_BTNH = rotate(self.q(x_BTD), turn), rotate(self.k(x_BTD), turn)
     if cfg.qk_norm:
       q_BTNH = rms_norm(q_BTNH, cfg.norm_eps).astype(x_BTD.dtype)
       k_BTNH = rms_norm(k_BTNH, cfg.norm_eps).astype(x_BTD.dtype)

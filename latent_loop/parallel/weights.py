@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 
 from latent_loop.parallel.sharding import ROW_AXES
 
-_CORE = ('core', 'injection')  # the parts of the parameters that an iteration reads
 
 
 def on_rows(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
@@ -67,12 +66,12 @@ class Gathering:
   def ahead_of_microbatch(self, shards: dict[str, Any], rows: Any) -> dict[str, Any]:
     if self.mode == 'gather_once':
       return shards
-    later = _CORE if self.mode == 'gather_per_iteration' else ()
+    later = ('core',) if self.mode == 'gather_per_iteration' else ()
     return self._gather_parts(shards, [part for part in shards if part not in later], rows)
 
   def ahead_of_iteration(self, shards: dict[str, Any], s_BTD: jax.Array) -> dict[str, Any]:
     """For gather_per_iteration only: in the other modes the core is whole by then."""
-    return self._gather_parts(shards, [part for part in _CORE if part in shards], s_BTD)
+    return self._gather_parts(shards, ['core'], s_BTD)
 
   def reduce(self, grads: dict[str, Any]) -> dict[str, Any]:
     """The sum over all devices, in shards, of the gradients that each has for its rows; in float32.
@@ -85,11 +84,11 @@ class Gathering:
     grad = grad.astype(jnp.float32)
     axis = _fsdp_axis(spec)
     if axis is None:
-      return jax.lax.psum(grad, ROW_AXES)
+      return _sum(grad, ROW_AXES)
     if self.mode == 'gather_once':  # in the other modes the transpose of `gather` has done it
       scatter = functools.partial(jax.lax.psum_scatter, axis_name='fsdp', scatter_dimension=axis, tiled=True)
       grad = _per_tensor_shard(scatter, spec)(grad)
-    return jax.lax.psum(grad, tuple(name for name in ROW_AXES if name != 'fsdp'))
+    return _sum(grad, tuple(name for name in ROW_AXES if name != 'fsdp'))
 
   def _gather_parts(self, shards: dict[str, Any], parts: list[str], at: Any) -> dict[str, Any]:
     """The barrier ties the gathering to `at`, what this turn of a loop reads; it would be hoisted out otherwise."""
@@ -112,8 +111,14 @@ def _per_tensor_shard(collective: Callable, spec: P) -> Callable:
   )
 
 
+# Over one device a collective is a copy, which XLA makes on a CPU.
+def _sum(grad: jax.Array, names: tuple[str, ...]) -> jax.Array:
+  split = tuple(name for name in names if jax.lax.axis_size(name) > 1)
+  return jax.lax.psum(grad, split) if split else grad
+
+
 def _fsdp_axis(spec: P) -> int | None:
-  return tuple(spec).index('fsdp') if 'fsdp' in spec else None
+  return tuple(spec).index('fsdp') if 'fsdp' in spec and jax.lax.axis_size('fsdp') > 1 else None
 
 
 def _whole(spec: P) -> P:

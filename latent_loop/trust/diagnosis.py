@@ -45,7 +45,7 @@ def _finder(config: Config, model: Model, specs: Any) -> Callable:
 
     def place(part):
       batch, example_ids_B = part
-      rows = rows_of(batch)
+      rows = rows_of(batch, config.data.one_document)
       e_BTD = model.embed_input(params, batch.tokens_BT, rows)
 
       def core(carry):
