@@ -237,7 +237,8 @@ def core_seconds(config: Config, mesh: Mesh, params: Params, effort: Effort) -> 
     params = jax.jit(model.cast)(params)
     rows = jax.jit(lambda batch: rows_of(batch, config.data.one_document).ready(config.model))(batch)
     e_BTD, core = jax.jit(model.embed_input)(params, batch.tokens_BT, rows), jax.jit(model.iterate)
-    seconds = timed(lambda: core(params, e_BTD, e_BTD, rows), effort.rounds * effort.repeats + 1)
+    drive = jax.jit(model.drive)(params, e_BTD)
+    seconds = timed(lambda: core(params, e_BTD, drive, rows), effort.rounds * effort.repeats + 1)
   return statistics.median(seconds[1:])
 
 

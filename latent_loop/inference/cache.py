@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_loop.config import ModelConfig
-from latent_loop.model.layers import Rows, masked_attention
+from latent_loop.model.layers import Rows, masked_attention, scaled
 from latent_loop.parallel.sharding import ROW_AXES, constrain
 
 Layer = tuple[jax.Array, jax.Array]  # keys_RBNSH, values_RBNSH
@@ -92,8 +92,8 @@ class CachedRows:
     if self._fresh:
       return Rows(self.positions_BT, None).attend(q_BTNH, k_BTNH, v_BTNH, cfg)
     seen_BTS = jnp.arange(keys_RBNSH.shape[3])[None, None] <= self.positions_BT[..., None]
-    q_BNTH = q_BTNH.swapaxes(1, 2)
-    out_BNTH = masked_attention(q_BNTH, self._read(keys_RBNSH), self._read(values_RBNSH), seen_BTS[:, None])
+    part = self._read(keys_RBNSH), self._read(values_RBNSH), seen_BTS[:, None]
+    out_BNTH = masked_attention(scaled(q_BTNH).swapaxes(1, 2), [part])
     return out_BNTH.swapaxes(1, 2)
 
   def _write(self, old_RBNSH: jax.Array, new_BTNH: jax.Array) -> jax.Array:

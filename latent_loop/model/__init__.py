@@ -18,6 +18,7 @@ from flax import nnx
 from latent_loop.config import DepthConfig, ModelConfig
 from latent_loop.model import initializers
 from latent_loop.model.depth_loop import LOOP_SCOPE, iterate, iterate_with_gradient
+from latent_loop.model.injection import Drive
 from latent_loop.model.layers import Rows
 from latent_loop.model.looped_lm import LoopedLM
 
@@ -58,12 +59,12 @@ class Model:
   def embed_input(self, params: Params, tokens_BT: jax.Array, rows: Rows) -> jax.Array:
     return self._bind(params).embed_input(tokens_BT, rows)
 
-  def drive(self, params: Params, e_BTD: jax.Array) -> jax.Array:
+  def drive(self, params: Params, e_BTD: jax.Array) -> Drive:
     return self._bind(params).drive(e_BTD)
 
-  def iterate(self, params: Params, s_BTD: jax.Array, u_BTD: jax.Array, rows: Rows) -> jax.Array:
-    """One iteration, for loops, which have u = drive(e) ahead of them."""
-    return self._bind(params).iterate(s_BTD, u_BTD, rows)
+  def iterate(self, params: Params, s_BTD: jax.Array, drive: Drive, rows: Rows) -> jax.Array:
+    """One iteration, for loops, which make drive(e) ahead of them."""
+    return self._bind(params).iterate(s_BTD, drive, rows)
 
   def apply_core(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows) -> jax.Array:
     """One iteration by itself."""
@@ -80,9 +81,9 @@ class Model:
 
   def advance(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows, count) -> jax.Array:
     """The state `count` iterations on; for evaluation and decoding, without gradient."""
-    rows, u_BTD = rows.ready(self.cfg), self.drive(params, e_BTD)
+    rows, drive = rows.ready(self.cfg), self.drive(params, e_BTD)
     with jax.named_scope(LOOP_SCOPE):
-      return iterate(lambda s: self.iterate(params, s, u_BTD, rows), s_BTD, count)
+      return iterate(lambda s: self.iterate(params, s, drive, rows), s_BTD, count)
 
   def forward(
     self, params: Params, s_BTD: jax.Array, tokens_BT: jax.Array, rows: Rows, n, k, fetch: Fetch | None = None
@@ -92,19 +93,19 @@ class Model:
     fetch: makes the core's weights whole inside each iteration, where they are not whole yet.
     """
     rows = rows.ready(self.cfg)
-    u_BTD = self.drive(params, self.embed_input(params, tokens_BT, rows))
+    drive = self.drive(params, self.embed_input(params, tokens_BT, rows))
 
-    def core(params, s_BTD, u_BTD):
+    def core(params, s_BTD, drive):
       whole = params if fetch is None else fetch(params, s_BTD)
-      return self.iterate(whole, s_BTD, u_BTD, rows)
+      return self.iterate(whole, s_BTD, drive, rows)
 
     with jax.named_scope(LOOP_SCOPE):
       # Cut on the way in and on the way out: a loop of unknown length has no reverse mode.
-      stopped, s_BTD, stopped_u_BTD = jax.lax.stop_gradient((params, s_BTD, u_BTD))
-      s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_u_BTD), s_BTD, n))
+      stopped, s_BTD, stopped_drive = jax.lax.stop_gradient((params, s_BTD, drive))
+      s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_drive), s_BTD, n))
       # What an iteration fetches must not be kept for the backward pass, or all of it would be whole at once.
       remat = self.cfg.remat == 'iteration' or fetch is not None
-      iteration = lambda s: core(params, s, u_BTD)
+      iteration = lambda s: core(params, s, drive)
       s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat)
     return self.apply_coda(params, s_BTD, rows)
 

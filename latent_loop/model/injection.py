@@ -1,7 +1,7 @@
 """How the embedded input e enters the core: x = join(s, drive(e)), the same two steps for every kind.
 
 It enters at the start of each iteration, before the core's blocks, so the fixed point depends on the input at every
-depth. What does not depend on the state, `drive`, is computed once, ahead of the loop over depth.
+depth. `drive` is all that does not depend on the state; it is computed once, ahead of the loop over depth.
 """
 
 import math
@@ -14,6 +14,8 @@ from latent_loop.config import ModelConfig
 from latent_loop.model import initializers
 from latent_loop.model.layers import Projection, project
 
+Drive = tuple[jax.Array, ...]
+
 
 class LinearInjection(Projection):
   """x = A [s; e], the learned adapter of Huginn (2502.05171 section 3.2), state first."""
@@ -21,11 +23,13 @@ class LinearInjection(Projection):
   def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
     super().__init__((2 * cfg.width, cfg.width), inits.inner, key)
 
-  def drive(self, e_BTD: jax.Array) -> jax.Array:
-    return project(e_BTD, self.kernel[e_BTD.shape[-1] :])
+  def drive(self, e_BTD: jax.Array) -> Drive:
+    kernel, D = self.kernel[...], e_BTD.shape[-1]
+    return kernel[:D], project(e_BTD, kernel[D:])
 
-  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
-    return project(s_BTD, self.kernel[: s_BTD.shape[-1]]) + u_BTD
+  def join(self, s_BTD: jax.Array, drive: Drive) -> jax.Array:
+    w_DD, u_BTD = drive
+    return project(s_BTD, w_DD) + u_BTD
 
 
 class AddInjection(nnx.Module):
@@ -34,11 +38,11 @@ class AddInjection(nnx.Module):
   def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
     pass
 
-  def drive(self, e_BTD: jax.Array) -> jax.Array:
-    return e_BTD
+  def drive(self, e_BTD: jax.Array) -> Drive:
+    return (e_BTD,)
 
-  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
-    return s_BTD + u_BTD
+  def join(self, s_BTD: jax.Array, drive: Drive) -> jax.Array:
+    return s_BTD + drive[0]
 
 
 class DiagonalInjection(nnx.Module):
@@ -54,12 +58,14 @@ class DiagonalInjection(nnx.Module):
     self.dt_bias = nnx.Param(jnp.full((cfg.width,), math.log(math.expm1(dt)), jnp.float32))
     self.b = nnx.Param(jnp.eye(cfg.width, dtype=jnp.float32))
 
-  def drive(self, e_BTD: jax.Array) -> jax.Array:
+  def drive(self, e_BTD: jax.Array) -> Drive:
+    dt_D = jax.nn.softplus(self.dt_bias[...])
+    decay_D = jnp.exp(-dt_D * jnp.exp(self.log_a[...]))
     eb_BTD = project(e_BTD, self.b[...].astype(e_BTD.dtype))
-    return (jax.nn.softplus(self.dt_bias[...])[None, None, :] * eb_BTD).astype(e_BTD.dtype)
+    return decay_D, dt_D[None, None, :] * eb_BTD
 
-  def join(self, s_BTD: jax.Array, u_BTD: jax.Array) -> jax.Array:
-    decay_D = jnp.exp(-jax.nn.softplus(self.dt_bias[...]) * jnp.exp(self.log_a[...]))
+  def join(self, s_BTD: jax.Array, drive: Drive) -> jax.Array:
+    decay_D, u_BTD = drive
     return (decay_D[None, None, :] * s_BTD + u_BTD).astype(s_BTD.dtype)
 
 

@@ -5,6 +5,7 @@ go by these paths. Kernels and biases are cast to the compute dtype by the calle
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -70,10 +71,10 @@ class RMSNorm(nnx.Module):
 
 
 def turn_of(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the rotary embedding at positions [..., T]: [..., T, 1, 1, H/2] in float32."""
+  """Cosines and sines of the rotary embedding at positions [..., T]: [..., T, 1, H/2] in float32."""
   half = cfg.head_dim // 2
   frequencies = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None, None].astype(jnp.float32) * frequencies.reshape((1,) * (positions.ndim + 2) + (half,))
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape((1,) * (positions.ndim + 1) + (half,))
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -83,12 +84,12 @@ def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
   The reference rotates interleaved pairs (2i, 2i + 1); interop/ permutes query and key weights between
   the two layouts, which leaves every attention score the same. Halves avoid a minor axis of size 2.
   """
-  cos_BT11H, sin_BT11H = turn
+  cos_BT1H, sin_BT1H = turn
   x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-  # Pairs swapped by a reversal: joining two halves was slow on a CPU (experiments/LOG.md).
-  turned_BTN2H = x_BTN2H[..., ::-1, :] * jnp.array([[-1.0], [1.0]])[None, None, None]
-  y_BTN2H = x_BTN2H * cos_BT11H + turned_BTN2H * sin_BT11H
-  return y_BTN2H.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+  a_BTNH, b_BTNH = x_BTN2H[..., 0, :], x_BTN2H[..., 1, :]
+  # Joined on an axis of their own: on a CPU twice as fast as a reversal of it, or as joining the halves themselves.
+  pair = (a_BTNH * cos_BT1H - b_BTNH * sin_BT1H, b_BTNH * cos_BT1H + a_BTNH * sin_BT1H)
+  return jnp.stack(pair, axis=3).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
 def same_segment(ids_BT: jax.Array) -> jax.Array:
@@ -104,22 +105,41 @@ def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, row
 
   Heads are moved ahead of positions once; on a CPU faster than jax.nn.dot_product_attention (experiments/LOG.md).
   """
-  T = q_BTNH.shape[1]
-  seen = jnp.tril(jnp.ones((T, T), bool))[None, None]
-  if rows.segment_ids_BT is not None:
-    seen = seen & same_segment(rows.segment_ids_BT)
-  q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
-  part = lambda a, b: masked_attention(q_BNTH[:, :, a:b], k_BNTH[:, :, :b], v_BNTH[:, :, :b], seen[:, :, a:b, :b])
-  halves = ((0, T // 2), (T // 2, T)) if T >= _LONG else ((0, T),)
-  return jnp.concatenate([part(*half) for half in halves], axis=2).swapaxes(1, 2)
+  T, ids_BT = q_BTNH.shape[1], rows.segment_ids_BT
+  q_BTNH = scaled(q_BTNH)  # ahead of the move, with which the compiler joins it
+  halves = (slice(T // 2), slice(T // 2, T)) if T >= _LONG else (slice(T),)
+  heads_first = lambda x_BTNH: [x_BTNH[:, half].swapaxes(1, 2) for half in halves]  # no half is copied twice
+  parts = list(zip(heads_first(k_BTNH), heads_first(v_BTNH), strict=True))
+
+  def seen(i: int, j: int) -> jax.Array | None:
+    """Which keys of half j the queries of half i see; None: all."""
+    masks = [jnp.tril(jnp.ones((T, T), bool))[halves[i], halves[j]][None, None]] if i == j else []
+    masks += [] if ids_BT is None else [(ids_BT[:, halves[i], None] == ids_BT[:, None, halves[j]])[:, None]]
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+  ys_BNTH = [
+    masked_attention(q_BNTH, [(*parts[j], seen(i, j)) for j in range(i + 1)])
+    for i, q_BNTH in enumerate(heads_first(q_BTNH))
+  ]
+  return jnp.concatenate(ys_BNTH, axis=2).swapaxes(1, 2)
 
 
-def masked_attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, seen: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v over the places that are `seen`, [B or 1, 1, T, S]."""
-  q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5  # not the scores: more numbers, and on a CPU a pass over them by itself
-  scores = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(scores + jnp.where(seen, 0.0, -1e30), axis=-1)
-  return jnp.einsum('BNTS,BNSH->BNTH', weights.astype(v_BNSH.dtype), v_BNSH)
+def scaled(q: jax.Array) -> jax.Array:
+  """Queries, heads last, over sqrt(H): fewer numbers than scores, which on a CPU would be one more pass."""
+  return q * q.shape[-1] ** -0.5
+
+
+def masked_attention(q_BNTH: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
+  """softmax(q k^T) v of scaled queries over the keys of all parts, (k_BNSH, v_BNSH, which are seen: [B or 1, 1, T, S])."""
+  scores = []
+  for k_BNSH, _, seen in parts:
+    all_BNTS = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
+    scores.append(all_BNTS if seen is None else all_BNTS + jnp.where(seen, 0.0, -1e30))
+  top_BNT1 = functools.reduce(jnp.maximum, [jnp.max(one, axis=-1, keepdims=True) for one in scores])
+  weights = [jnp.exp(one - jax.lax.stop_gradient(top_BNT1)) for one in scores]
+  total_BNT1 = sum(jnp.sum(one, axis=-1, keepdims=True) for one in weights)
+  ys = [jnp.einsum('BNTS,BNSH->BNTH', one.astype(v.dtype), v) for one, (_, v, _) in zip(weights, parts, strict=True)]
+  return (sum(ys) / total_BNT1).astype(q_BNTH.dtype)
 
 
 def project(x_BTC: jax.Array, w_CY: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.model import initializers
-from latent_loop.model.injection import INJECTIONS
+from latent_loop.model.injection import INJECTIONS, Drive
 from latent_loop.model.layers import BLOCKS, Projection, RMSNorm, Rows
 from latent_loop.parallel.sharding import ROW_AXES, constrain
 
@@ -58,15 +58,15 @@ class LoopedLM(nnx.Module):
       e_BTD = self._run(self.prelude, constrain_BTD(self.embed.lookup(tokens_BT)), rows)
       return e_BTD if self.prelude_norm is None else self.prelude_norm(e_BTD)
 
-  def drive(self, e_BTD: jax.Array) -> jax.Array:
-    """u: what every iteration adds of e."""
+  def drive(self, e_BTD: jax.Array) -> Drive:
+    """What every iteration needs of e."""
     with jax.named_scope('drive'):
       return self.injection.drive(e_BTD)
 
-  def iterate(self, s_BTD: jax.Array, u_BTD: jax.Array, rows: Rows) -> jax.Array:
+  def iterate(self, s_BTD: jax.Array, drive: Drive, rows: Rows) -> jax.Array:
     """s_i = R(e, s_{i-1}): one iteration, the only place where the core is applied."""
     with jax.named_scope('core'):
-      return self._run(self.core, constrain_BTD(self.injection.join(s_BTD, u_BTD)), rows)
+      return self._run(self.core, constrain_BTD(self.injection.join(s_BTD, drive)), rows)
 
   def leave_core(self, s_BTD: jax.Array) -> jax.Array:
     """What the coda reads of a state: its final norm (the reference's), Parcae's projection C, or all of it."""
