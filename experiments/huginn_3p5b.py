@@ -2,8 +2,9 @@
 
 Cost: 47,360 steps of 16.8 M tokens at 186 GFLOP per token, about 1.5e23 FLOP.
 Expected: validation loss falls with depth up to about 32; ARC-C 38 at depth 32 (their Table 1).
-The tokens are the embedded text until a prepared corpus is named, so that the shape can be tried. Two things of
-their loop are not repeated: it skips its very first update, and its warm-up starts at a rate of exactly zero.
+The tokens are the embedded text until a prepared corpus is named, so that the shape can be tried. As there, documents
+of a row see each other. Two things of their loop are not repeated: it skips its very first update, and its warm-up
+starts at a rate of exactly zero.
 """
 
 from latent_loop.config import Config
@@ -19,7 +20,7 @@ def get_config():
   model.num_prelude_layers, model.num_core_layers, model.num_coda_layers = 2, 4, 2
   model.compute_dtype = 'bfloat16'
   config.depth.mean, config.depth.backprop_depth = 32, 8
-  config.data.seq_len = 4096
+  config.data.seq_len, config.data.documents = 4096, 'together'
   config.train.batch_size, config.train.num_steps, config.train.loss_chunk = 4096, 47_360, 512
   optim = config.optim
   optim.kind, optim.learning_rate, optim.b1, optim.b2, optim.eps = 'adam_atan2', 4e-5, 0.9, 0.95, 1e-6

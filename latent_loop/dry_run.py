@@ -17,7 +17,7 @@ def describe(config: Config) -> str:
   n = max(config.depth.mean - k, 0)
   parts = [f'  {name:<13}{size:>16,}' for name, size in counts.parameters.items()]
   flops = [f'  depth {r:<5}{counts.forward(r) / 1e9:12.4f}' for r in default_depths(config.depth.mean)]
-  model, again = counts.train(n, k), counts.recompute(k)
+  model, again = counts.train(n, k), counts.recompute(k, config.loss_chunks)
   tokens = config.train.batch_size * config.data.seq_len
   mixture = _mixture(config.data, config.train.num_steps) if len(config.data.paths) > 1 else []
   mesh = ', '.join(

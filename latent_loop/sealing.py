@@ -147,7 +147,7 @@ def from_json(text: str, path: str) -> Config:
   except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(
       f'{path}: not a sealed config ({error}); restore the file, or, where an older version of the code wrote it, add '
-      'what is missing with the defaults of latent_loop/config.py'
+      'what is missing with the defaults of latent_loop/config/'
     ) from error
 
 

@@ -65,9 +65,8 @@ def rows_of(batch: Batch, one_document: bool = False) -> Rows:
 
 
 def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, cfg: TrainConfig) -> Mean:
-  """Cross entropy over chunks of positions, so that [tokens, vocab] logits never exist whole."""
+  """Cross entropy over chunks of positions, whose logits are computed again in the backward pass, or in one chunk."""
 
-  @jax.checkpoint
   def chunk_loss(y_BTD, targets_BT, weights_BT):
     logits_BTV = model.scores(params, y_BTD)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -78,9 +77,11 @@ def chunked_loss(model: Model, params: Params, y_BTD: jax.Array, batch: Batch, c
 
   with jax.named_scope('loss'):
     B, T, _ = y_BTD.shape
-    split = lambda x: x.reshape(B, -1, min(cfg.loss_chunk, T), *x.shape[2:]).swapaxes(0, 1)
+    if cfg.loss_chunk >= T:
+      return chunk_loss(y_BTD, batch.targets_BT, batch.weights_BT)
+    split = lambda x: x.reshape(B, -1, cfg.loss_chunk, *x.shape[2:]).swapaxes(0, 1)
     chunks = (split(y_BTD), split(batch.targets_BT), split(batch.weights_BT))
-    add = lambda mean, chunk: (mean + chunk_loss(*chunk), None)
+    add = lambda mean, chunk: (mean + jax.checkpoint(chunk_loss)(*chunk), None)
     return jax.lax.scan(add, Mean(jnp.float32(0), jnp.float32(0)), chunks)[0]
 
 
@@ -94,8 +95,7 @@ def make_train_step(config: Config, model: Model, optimizer: optax.GradientTrans
   def loss_fn(weights, batch, example_ids_B, key, n, k, total_weight):
     weights = gathering.ahead_of_microbatch(weights, batch)
     s_BTD = model.init_state(key, example_ids_B, batch.tokens_BT.shape[1])
-    rows = rows_of(batch, config.data.one_document)
-    y_BTD = model.forward(weights, s_BTD, batch.tokens_BT, rows, n, k, fetch)
+    y_BTD = model.forward(weights, s_BTD, batch.tokens_BT, rows_of(batch, config.data.one_document), n, k, fetch)
     return chunked_loss(model, weights, y_BTD, batch, config.train).total / total_weight
 
   def gradients(params, batch, example_ids_B, *scalars):

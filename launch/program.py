@@ -41,7 +41,7 @@ def _verb(rest: list[str], verbs: tuple[str, ...]) -> list[str]:
 
 _HELP_OF_CONFIG = """
   --config: experiment file, such as experiments/tiny_text.py
-  --config.KEY=VALUE: any of its keys, such as --config.optim.learning_rate=5e-3; latent_loop/config.py has them all"""
+  --config.KEY=VALUE: any of its keys, such as --config.optim.learning_rate=5e-3; latent_loop/config/ has them all"""
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,8 +7,9 @@ import pytest
 
 from latent_loop.errors import BadInput
 from latent_loop.kernels.choice import choose_attention
+from latent_loop.kernels.plain import plain_attention
 from latent_loop.kernels.splash import splash
-from latent_loop.model.layers import Rows, plain_attention
+from latent_loop.model.layers import Rows
 from tests.tiny import tiny_config
 
 
@@ -25,7 +26,7 @@ def test_splash_is_plain_attention_with_documents_and_in_reverse():
     return jax.value_and_grad(lambda q, k, v: jnp.sum(attention(q, k, v) * weight), (0, 1, 2))(q, k, v)
 
   got = value_and_grads(lambda q, k, v: splash(q, k, v, ids, interpret=True))
-  want = value_and_grads(lambda q, k, v: plain_attention(q, k, v, rows))
+  want = value_and_grads(lambda q, k, v: plain_attention(q, k, v, rows.segment_ids_BT))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
@@ -63,6 +64,6 @@ def test_a_long_row_is_attended_to_in_halves_without_a_difference():
     y, pull = jax.vjp(attention, q, k, v)
     return y, pull(jnp.cos(y))
 
-  ours = grads(lambda q, k, v: plain_attention(q, k, v, rows))
+  ours = grads(lambda q, k, v: plain_attention(q, k, v, rows.segment_ids_BT))
   theirs = grads(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)

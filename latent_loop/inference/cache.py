@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from latent_loop.config import ModelConfig
-from latent_loop.model.layers import Rows, masked_attention, scaled
+from latent_loop.kernels.plain import masked_attention, scaled
+from latent_loop.model.layers import Rows
 from latent_loop.parallel.sharding import ROW_AXES, constrain
 
 Layer = tuple[jax.Array, jax.Array]  # keys_RBNSH, values_RBNSH

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from latent_loop.config import LARGEST
+from latent_loop.config.rules import LARGEST
 from latent_loop.errors import BadInput
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes

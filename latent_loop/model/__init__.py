@@ -63,11 +63,10 @@ class Model:
     return self._bind(params).drive(e_BTD)
 
   def iterate(self, params: Params, s_BTD: jax.Array, drive: Drive, rows: Rows) -> jax.Array:
-    """One iteration, for loops, which make drive(e) ahead of them."""
+    """One iteration; for a loop, which makes the drive ahead of it."""
     return self._bind(params).iterate(s_BTD, drive, rows)
 
   def apply_core(self, params: Params, s_BTD: jax.Array, e_BTD: jax.Array, rows: Rows) -> jax.Array:
-    """One iteration by itself."""
     return self.iterate(params, s_BTD, self.drive(params, e_BTD), rows)
 
   def leave_core(self, params: Params, s_BTD: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Convention: two FLOPs per multiply-add of a matrix product; attention counted over the full T x T square,
 not its causal half; norms, activations, softmax and the optimizer are not counted; a lookup is free.
-`train` is what the mathematics needs (forward and backward); `recompute` is what rematerialization adds.
+`train` is what the model as written needs (forward and backward), with the whole injection in every iteration;
+`recompute` is what rematerialization adds, `spared` what computing the drive once, ahead of the loop, takes away.
 """
 
 import dataclasses
@@ -19,13 +20,14 @@ class Cost:
   """Parameters by part, and FLOPs per token for rows of seq_len tokens."""
 
   parameters: dict[str, int]
-  outer: int  # forward FLOPs of prelude, coda and what stands between them and the loop
+  outer: int  # forward FLOPs of prelude, coda and what stands between loop and coda
   core: int  # forward FLOPs of one iteration
   head: int  # forward FLOPs of the logits
   remat: str
   coda: int  # the part of outer that every reading of a state pays, with the head
   outer_blocks: int  # forward FLOPs of the prelude's and coda's blocks alone
   core_blocks: int  # forward FLOPs of one iteration's blocks, without the injection
+  drive: int  # forward FLOPs of the injection's part that does not read the state
 
   @property
   def total_parameters(self) -> int:
@@ -42,10 +44,14 @@ class Cost:
     """Forward and backward; the n iterations without gradient run forward only."""
     return 3 * (self.outer + self.head) + self.core * (n + 3 * k)
 
-  def recompute(self, k: float) -> float:
-    """What the backward pass computes again: the logits always, blocks or iterations by config.model.remat."""
-    again = {'none': 0, 'iteration': self.core * k, 'block': self.outer_blocks + self.core_blocks * k}
-    return self.head + again[self.remat]
+  def recompute(self, k: float, loss_chunks: int) -> float:
+    """What the backward pass computes again: logits in chunks, and blocks or iterations by config.model.remat."""
+    iteration = self.core - self.drive
+    again = {'none': 0, 'iteration': iteration * k, 'block': self.outer_blocks + self.core_blocks * k}
+    return self.head * (loss_chunks > 1) + again[self.remat]
+
+  def spared(self, n: float, k: float) -> float:
+    return self.drive * (n + 3 * (k - 1))
 
 
 def count(model: Model, seq_len: int) -> Cost:
@@ -67,14 +73,14 @@ def count(model: Model, seq_len: int) -> Cost:
   core_exit = 2 * matrices.get('core_exit', 0)
   core = blocks('core', cfg.num_core_layers)
   injection = 2 * matrices.get('injection', 0)
-  join = injection // 2 if cfg.injection == 'linear' else 0  # the part of it that reads the state; the rest runs once
   return Cost(
     parameters=parameters,
-    outer=outer + core_exit + injection - join,
-    core=core + join,
+    outer=outer + core_exit,
+    core=core + injection,
     head=2 * parameters['embed'],
     remat=cfg.remat,
     coda=coda + core_exit,
     outer_blocks=outer,
     core_blocks=core,
+    drive=injection // 2 if cfg.injection == 'linear' else injection,
   )

@@ -19,11 +19,9 @@ def iterate(core: Core, s_BTD: jax.Array, count: jax.Array | int) -> jax.Array:
 def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: bool) -> jax.Array:
   """`k` applications with gradient out of `max_k` compiled ones (k may be traced, max_k is static).
 
-  With `remat` only the state between iterations is kept for the backward pass, where each iteration is computed
-  again; those past k are not run. Without, max_k iterations stand one after another in the program and all are
-  computed, those past k for nothing, which few draws ask for: behind a branch, or stacked by a scan, everything that
-  the backward pass might read is written to memory, and the step costs up to three times the memory and twice the
-  time (experiments/LOG.md).
+  With `remat` only the state between iterations is kept, each is computed again in the backward pass, and those past k
+  are not run. Without, all max_k stand in the program and are computed, those past k for nothing: behind a branch, what
+  the backward pass might read would all be written, three times the memory (experiments/LOG.md).
   """
   if not remat:
     for i in range(max_k):

@@ -35,8 +35,7 @@ class LinearInjection(Projection):
 class AddInjection(nnx.Module):
   """x = s + e: no parameters, spectral radius one."""
 
-  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array):
-    pass
+  def __init__(self, cfg: ModelConfig, inits: initializers.Inits, key: jax.Array): ...
 
   def drive(self, e_BTD: jax.Array) -> Drive:
     return (e_BTD,)

@@ -5,7 +5,6 @@ go by these paths. Kernels and biases are cast to the compute dtype by the calle
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -14,7 +13,9 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.kernels.choice import choose_attention
+from latent_loop.kernels.plain import plain_attention, same_segment
 from latent_loop.kernels.product import product
+from latent_loop.kernels.rotary import Turn, rotate, turn_of
 from latent_loop.kernels.splash import splash
 from latent_loop.model import initializers
 from latent_loop.parallel.sharding import on_own_rows, target_platform
@@ -32,15 +33,13 @@ class Rows:
 
   positions_BT: jax.Array
   segment_ids_BT: jax.Array | None
-  turn: tuple[jax.Array, jax.Array] | None = None
+  turn: Turn | None = None
 
   def ready(self, cfg: ModelConfig) -> 'Rows':
-    """The same with its rotary tables, for all layers and iterations that follow.
-
-    Made in a loop over rows, since what a loop makes is kept in memory: the CPU compiler would put a cosine and a sine
-    for every head into each pass that reads them, a tenth of an iteration (experiments/LOG.md).
-    """
-    return dataclasses.replace(self, turn=jax.lax.map(lambda positions_T: turn_of(positions_T, cfg), self.positions_BT))
+    """The same with its rotary tables, for all layers and iterations that follow. A loop makes them, so that they are
+    kept: the CPU compiler would put cosines and sines into each pass that reads them (experiments/LOG.md)."""
+    turn = jax.lax.map(lambda positions_T: turn_of(positions_T, cfg.head_dim, cfg.rope_base), self.positions_BT)
+    return dataclasses.replace(self, turn=turn)
 
   def attend(self, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Causal attention inside segments, by what config.model.attention means on this platform."""
@@ -48,7 +47,7 @@ class Rows:
     if kind == 'splash' and on_own_rows():
       return splash(q_BTNH, k_BTNH, v_BTNH, ids_BT, interpret=False)
     if kind in ('xla', 'splash'):  # a kernel cannot be split by the compiler; generation, which is, does without it
-      return plain_attention(q_BTNH, k_BTNH, v_BTNH, self)
+      return plain_attention(q_BTNH, k_BTNH, v_BTNH, ids_BT)
     mask = None if ids_BT is None else same_segment(ids_BT)
     return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask=mask, is_causal=True, implementation=kind)
 
@@ -68,78 +67,6 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     return (rms_norm(x_BTD, self.eps) * self.scale[...][None, None, :]).astype(x_BTD.dtype)
-
-
-def turn_of(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the rotary embedding at positions [..., T]: [..., T, 1, H/2] in float32."""
-  half = cfg.head_dim // 2
-  frequencies = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape((1,) * (positions.ndim + 1) + (half,))
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of pairs (i, i + H/2), in float32.
-
-  The reference rotates interleaved pairs (2i, 2i + 1); interop/ permutes query and key weights between
-  the two layouts, which leaves every attention score the same. Halves avoid a minor axis of size 2.
-  """
-  cos_BT1H, sin_BT1H = turn
-  x_BTN2H = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-  a_BTNH, b_BTNH = x_BTN2H[..., 0, :], x_BTN2H[..., 1, :]
-  # Joined on an axis of their own: on a CPU twice as fast as a reversal of it, or as joining the halves themselves.
-  pair = (a_BTNH * cos_BT1H - b_BTNH * sin_BT1H, b_BTNH * cos_BT1H + a_BTNH * sin_BT1H)
-  return jnp.stack(pair, axis=3).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
-
-
-def same_segment(ids_BT: jax.Array) -> jax.Array:
-  """[B, 1, T, T]: which pairs of tokens are of one document."""
-  return (ids_BT[:, :, None] == ids_BT[:, None, :])[:, None]
-
-
-_LONG = 128  # tokens, from which on halves pay
-
-
-def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, rows: Rows) -> jax.Array:
-  """Attention in matrix products; scores and softmax in float32. The first half of a long row skips the second.
-
-  Heads are moved ahead of positions once; on a CPU faster than jax.nn.dot_product_attention (experiments/LOG.md).
-  """
-  T, ids_BT = q_BTNH.shape[1], rows.segment_ids_BT
-  q_BTNH = scaled(q_BTNH)  # ahead of the move, with which the compiler joins it
-  halves = (slice(T // 2), slice(T // 2, T)) if T >= _LONG else (slice(T),)
-  heads_first = lambda x_BTNH: [x_BTNH[:, half].swapaxes(1, 2) for half in halves]  # no half is copied twice
-  parts = list(zip(heads_first(k_BTNH), heads_first(v_BTNH), strict=True))
-
-  def seen(i: int, j: int) -> jax.Array | None:
-    """Which keys of half j the queries of half i see; None: all."""
-    masks = [jnp.tril(jnp.ones((T, T), bool))[halves[i], halves[j]][None, None]] if i == j else []
-    masks += [] if ids_BT is None else [(ids_BT[:, halves[i], None] == ids_BT[:, None, halves[j]])[:, None]]
-    return functools.reduce(jnp.logical_and, masks) if masks else None
-
-  ys_BNTH = [
-    masked_attention(q_BNTH, [(*parts[j], seen(i, j)) for j in range(i + 1)])
-    for i, q_BNTH in enumerate(heads_first(q_BTNH))
-  ]
-  return jnp.concatenate(ys_BNTH, axis=2).swapaxes(1, 2)
-
-
-def scaled(q: jax.Array) -> jax.Array:
-  """Queries, heads last, over sqrt(H): fewer numbers than scores, which on a CPU would be one more pass."""
-  return q * q.shape[-1] ** -0.5
-
-
-def masked_attention(q_BNTH: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-  """softmax(q k^T) v of scaled queries over the keys of all parts, (k_BNSH, v_BNSH, which are seen: [B or 1, 1, T, S])."""
-  scores = []
-  for k_BNSH, _, seen in parts:
-    all_BNTS = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
-    scores.append(all_BNTS if seen is None else all_BNTS + jnp.where(seen, 0.0, -1e30))
-  top_BNT1 = functools.reduce(jnp.maximum, [jnp.max(one, axis=-1, keepdims=True) for one in scores])
-  weights = [jnp.exp(one - jax.lax.stop_gradient(top_BNT1)) for one in scores]
-  total_BNT1 = sum(jnp.sum(one, axis=-1, keepdims=True) for one in weights)
-  ys = [jnp.einsum('BNTS,BNSH->BNTH', one.astype(v.dtype), v) for one, (_, v, _) in zip(weights, parts, strict=True)]
-  return (sum(ys) / total_BNT1).astype(q_BNTH.dtype)
 
 
 def project(x_BTC: jax.Array, w_CY: jax.Array) -> jax.Array:
@@ -187,7 +114,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     cfg = self.cfg
-    turn = turn_of(rows.positions_BT, cfg) if rows.turn is None else rows.turn
+    turn = turn_of(rows.positions_BT, cfg.head_dim, cfg.rope_base) if rows.turn is None else rows.turn
     q_BTNH, k_BTNH = rotate(self.q(x_BTD), turn), rotate(self.k(x_BTD), turn)
     if cfg.qk_norm:
       q_BTNH = rms_norm(q_BTNH, cfg.norm_eps).astype(x_BTD.dtype)

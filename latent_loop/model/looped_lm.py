@@ -59,9 +59,7 @@ class LoopedLM(nnx.Module):
       return e_BTD if self.prelude_norm is None else self.prelude_norm(e_BTD)
 
   def drive(self, e_BTD: jax.Array) -> Drive:
-    """What every iteration needs of e."""
-    with jax.named_scope('drive'):
-      return self.injection.drive(e_BTD)
+    return self.injection.drive(e_BTD)
 
   def iterate(self, s_BTD: jax.Array, drive: Drive, rows: Rows) -> jax.Array:
     """s_i = R(e, s_{i-1}): one iteration, the only place where the core is applied."""

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from latent_loop.parallel.sharding import ROW_AXES
 
 
-
 def on_rows(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
   """`function` run by each device on its own rows; collectives over ROW_AXES are the function's own business.
 
@@ -84,11 +83,11 @@ class Gathering:
     grad = grad.astype(jnp.float32)
     axis = _fsdp_axis(spec)
     if axis is None:
-      return _sum(grad, ROW_AXES)
+      return jax.lax.psum(grad, ROW_AXES)
     if self.mode == 'gather_once':  # in the other modes the transpose of `gather` has done it
       scatter = functools.partial(jax.lax.psum_scatter, axis_name='fsdp', scatter_dimension=axis, tiled=True)
       grad = _per_tensor_shard(scatter, spec)(grad)
-    return _sum(grad, tuple(name for name in ROW_AXES if name != 'fsdp'))
+    return jax.lax.psum(grad, tuple(name for name in ROW_AXES if name != 'fsdp'))
 
   def _gather_parts(self, shards: dict[str, Any], parts: list[str], at: Any) -> dict[str, Any]:
     """The barrier ties the gathering to `at`, what this turn of a loop reads; it would be hoisted out otherwise."""
@@ -111,14 +110,9 @@ def _per_tensor_shard(collective: Callable, spec: P) -> Callable:
   )
 
 
-# Over one device a collective is a copy, which XLA makes on a CPU.
-def _sum(grad: jax.Array, names: tuple[str, ...]) -> jax.Array:
-  split = tuple(name for name in names if jax.lax.axis_size(name) > 1)
-  return jax.lax.psum(grad, split) if split else grad
-
-
 def _fsdp_axis(spec: P) -> int | None:
-  return tuple(spec).index('fsdp') if 'fsdp' in spec and jax.lax.axis_size('fsdp') > 1 else None
+  split = 'fsdp' in spec and jax.lax.axis_size('fsdp') > 1  # over one device it would be a copy
+  return tuple(spec).index('fsdp') if split else None
 
 
 def _whole(spec: P) -> P:

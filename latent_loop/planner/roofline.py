@@ -58,7 +58,7 @@ class Roofline:
     return StepTime(
       n=n,
       k=k,
-      matmul=tokens * (cost.train(n, k) + cost.recompute(k)) / peak,
+      matmul=tokens * (cost.train(n, k) + cost.recompute(k, config.loss_chunks) - cost.spared(n, k)) / peak,
       memory=self._hbm_bytes(n, k, tokens) / (self._topology.chip.hbm_bandwidth * chips),
       communication=self._communication(n),
       model_flops_per_device=tokens * cost.train(n, k),

@@ -5,7 +5,7 @@ import json
 import secrets
 from typing import Any
 
-from latent_loop.config import LARGEST
+from latent_loop.config.rules import LARGEST
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import ExitRule, Request
 from latent_loop.inference.text import request_of

@@ -9,25 +9,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_loop.config.data import DataConfig
+from latent_loop.config.rules import check_counts, require
 from latent_loop.errors import BadInput
 
-
-def _require(condition: bool, sentence: str) -> None:
-  if not condition:
-    raise BadInput(sentence)
-
-
-LARGEST = 2**31 - 1  # what the devices' 32-bit integers hold
 _MOST_LAYERS = 1024  # each is a part of the program by itself
 _DEEPEST = 2**20
-_ON_DISK = ('prepared', 'parquet', 'chat')  # the sources that read config.data.paths
-
-
-def _check_counts(group: str, values: dict, names: tuple[str, ...], low: int) -> None:
-  for name in names:
-    _require(
-      low <= values[name] <= LARGEST, f'config.{group}.{name}={values[name]} must lie between {low} and {LARGEST}'
-    )
 
 
 @dataclass(frozen=True)
@@ -62,13 +49,13 @@ class ModelConfig:
     return self.width // self.num_heads
 
   def __post_init__(self):
-    _check_counts('model', vars(self), ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers'), 1)
+    check_counts('model', vars(self), ('vocab_size', 'width', 'num_heads', 'mlp_dim', 'num_core_layers'), 1)
     for name in ('num_prelude_layers', 'num_core_layers', 'num_coda_layers'):
       value = vars(self)[name]
-      _require(0 <= value <= _MOST_LAYERS, f'config.model.{name}={value} must lie between 0 and {_MOST_LAYERS}')
-    _require(self.norm_eps > 0, f'config.model.norm_eps={self.norm_eps} must be positive')
-    _require(self.rope_base > 1, f'config.model.rope_base={self.rope_base} must be above 1; the paper uses 50000')
-    _require(
+      require(0 <= value <= _MOST_LAYERS, f'config.model.{name}={value} must lie between 0 and {_MOST_LAYERS}')
+    require(self.norm_eps > 0, f'config.model.norm_eps={self.norm_eps} must be positive')
+    require(self.rope_base > 1, f'config.model.rope_base={self.rope_base} must be above 1; the paper uses 50000')
+    require(
       self.width % (2 * self.num_heads) == 0,
       f'config.model.width={self.width} with num_heads={self.num_heads}: rotary embedding needs an '
       f'even width per head; use a width that is a multiple of {2 * self.num_heads}',
@@ -87,110 +74,20 @@ class DepthConfig:
   curriculum_steps: int = 0  # the law's mean and k grow to their full values over these steps
 
   def __post_init__(self):
-    _require(self.mean >= 1, f'config.depth.mean={self.mean} is below 1; the core runs at least once')
-    _require(self.mean <= _DEEPEST, f'config.depth.mean={self.mean} is above {_DEEPEST}; no run is that deep, lower it')
-    _require(
+    require(self.mean >= 1, f'config.depth.mean={self.mean} is below 1; the core runs at least once')
+    require(self.mean <= _DEEPEST, f'config.depth.mean={self.mean} is above {_DEEPEST}; no run is that deep, lower it')
+    require(
       1 <= self.backprop_depth <= self.mean,
       f'config.depth.backprop_depth={self.backprop_depth} must lie between 1 and '
       f'config.depth.mean={self.mean}; lower it or raise the mean',
     )
-    _require(0 < self.sigma <= 10, f'config.depth.sigma={self.sigma} must lie in (0, 10]; the paper uses 0.5')
-    _check_counts('depth', vars(self), ('curriculum_steps',), 0)
-    _require(
+    require(0 < self.sigma <= 10, f'config.depth.sigma={self.sigma} must lie in (0, 10]; the paper uses 0.5')
+    check_counts('depth', vars(self), ('curriculum_steps',), 0)
+    require(
       (self.curriculum == 'none') == (self.curriculum_steps == 0) and self.curriculum_steps >= 0,
       f'config.depth.curriculum={self.curriculum!r} does not fit curriculum_steps='
       f'{self.curriculum_steps}; set both, or neither',
     )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-  """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights
-  (and their changes), packing; parquet paths, weights, column, bos, tokenizer; chat paths, weights, packing, tokenizer.
-  """
-
-  source: str = 'embedded_text'
-  seq_len: int = 256
-  paths: tuple[str, ...] = ()  # folders that launch.prepare_data wrote; parquet or .jsonl files, globs, folders
-  weights: tuple[float, ...] = ()  # the share of rows that each of them gives; () = as many as it has
-  weight_changes: tuple[tuple[float, ...], ...] = ()  # each: share of the steps from which it holds, then new weights;
-  # training alone: validation keeps the first ones, so that its losses can be compared
-  packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
-  documents: Literal['apart', 'together'] = 'apart'  # together: a token sees all earlier ones of its row and counts its
-  # place from the row's begin, whatever documents they are of, as the references train; the faster of the two
-  read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
-  column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
-  bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains
-  tokenizer: str = ''  # path of a tokenizer.json; '' = bytes for chat, no samples for parquet
-  min_difficulty: int = 1
-  max_difficulty: int = 8
-  validation_fraction: float = 0.05
-
-  def __post_init__(self):
-    _require(self.seq_len >= 2, f'config.data.seq_len={self.seq_len} is below 2; no next token to predict')
-    _check_counts('data', vars(self), ('seq_len',), 2)
-    _require(
-      1 <= self.min_difficulty <= self.max_difficulty,
-      f'config.data.min_difficulty={self.min_difficulty} and max_difficulty={self.max_difficulty} '
-      'must satisfy 1 <= min <= max',
-    )
-    _require(1 <= self.read_threads <= 256, f'config.data.read_threads={self.read_threads} must lie between 1 and 256')
-    most = self.max_difficulty
-    _require(most <= 1000, f'config.data.max_difficulty={most} is above 1000; no task is that hard, lower it')
-    _require(
-      0 < self.validation_fraction < 1,
-      f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
-    )
-    _require(
-      bool(self.paths) == (self.source in _ON_DISK),
-      f'config.data.paths={self.paths} does not fit source={self.source!r}; give paths with the sources '
-      f'{", ".join(_ON_DISK)} only',
-    )
-    self._check_weights()
-
-  def _check_weights(self) -> None:
-    weights, changes, count = self.weights, self.weight_changes, len(self.paths)
-    _require(
-      not weights or (len(weights) == count and min(weights) >= 0 and sum(weights) > 0),
-      f'config.data.weights={weights}: not a number, 0 or more and not all 0, for each of the {count} paths',
-    )
-    _require(
-      not changes or count > 1,
-      f'config.data.weight_changes={changes}: the number of config.data.paths is {count}, and weights are of several',
-    )
-    for one in changes:
-      _require(
-        len(one) == 1 + count and min(one[1:]) >= 0 and sum(one[1:]) > 0,
-        f'config.data.weight_changes: {one} is not the share of the steps from which it holds, then a weight for each '
-        f'of the {count} paths, 0 or more and not all 0',
-      )
-    begins = [0.0, *(one[0] for one in changes), 1.0]
-    _require(
-      all(a < b for a, b in itertools.pairwise(begins)),
-      f'config.data.weight_changes begin at {begins[1:-1]} of the steps; give increasing shares between 0 and 1',
-    )
-    never = [
-      path for i, path in enumerate(self.paths) if weights and not any((weights[i], *(c[1 + i] for c in changes)))
-    ]
-    _require(
-      not never,
-      f'config.data.weights={weights}: {", ".join(never)} would never be read; give it a positive number, there or in '
-      'config.data.weight_changes, or leave out the path',
-    )
-
-  @property
-  def one_document(self) -> bool:
-    """Whether a row counts as one document, padded at its end if at all: causal attention needs no other mask then."""
-    return self.documents == 'together' or (self.source == 'parquet' and self.bos is None)
-
-  @property
-  def all_weights(self) -> tuple:
-    """weights and their changes: what the fingerprint of a source knows of them."""
-    return (*self.weights, *self.weight_changes)
-
-  def changes_of(self, num_steps: int) -> list[tuple[int, tuple[float, ...]]]:
-    """(the step from which they hold, the weights) of every change, in a run of num_steps."""
-    return [(round(share * num_steps), tuple(weights)) for share, *weights in self.weight_changes]
 
 
 @dataclass(frozen=True)
@@ -216,25 +113,25 @@ class OptimConfig:
 
   def __post_init__(self):
     rate = self.learning_rate
-    _require(rate > 0, f'config.optim.learning_rate={rate} must be positive')
+    require(rate > 0, f'config.optim.learning_rate={rate} must be positive')
     for name, steps, fraction in (
       ('warmup', self.warmup_steps, self.warmup_fraction),
       ('cooldown', self.cooldown_steps, self.cooldown_fraction),
     ):
-      _require(
+      require(
         steps >= 0 and 0 <= fraction <= 1 and not (steps and fraction),
         f'config.optim.{name}_steps={steps} and {name}_fraction={fraction}: give one of them, '
         'steps from 0 or a fraction from 0 to 1',
       )
     for name in ('b1', 'b2', 'muon_momentum', 'ema_decay'):
       value = vars(self)[name]
-      _require(value is None or 0 <= value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
+      require(value is None or 0 <= value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
     for name in ('eps', 'clip_norm', 'adam_learning_rate'):
       value = vars(self)[name]
-      _require(value is None or value > 0, f'config.optim.{name}={value} must be positive')
+      require(value is None or value > 0, f'config.optim.{name}={value} must be positive')
     decay, final = self.weight_decay, self.final_lr_fraction
-    _require(decay >= 0, f'config.optim.weight_decay={decay} is negative; give 0 or more')
-    _require(0 <= final <= 1, f'config.optim.final_lr_fraction={final} must lie between 0 and 1')
+    require(decay >= 0, f'config.optim.weight_decay={decay} is negative; give 0 or more')
+    require(0 <= final <= 1, f'config.optim.final_lr_fraction={final} must lie between 0 and 1')
     for pattern in self.no_decay:
       try:
         re.compile(pattern)
@@ -261,13 +158,13 @@ class TrainConfig:
   z_loss: float = 0.0
 
   def __post_init__(self):
-    _check_counts('train', vars(self), ('num_steps', 'batch_size', 'num_microbatches', 'loss_chunk'), 1)
-    _require(
+    check_counts('train', vars(self), ('num_steps', 'batch_size', 'num_microbatches', 'loss_chunk'), 1)
+    require(
       self.batch_size % self.num_microbatches == 0,
       f'config.train.batch_size={self.batch_size} does not divide into num_microbatches='
       f'{self.num_microbatches}; use a multiple',
     )
-    _require(self.z_loss >= 0, f'config.train.z_loss={self.z_loss} is negative; give 0 or more')
+    require(self.z_loss >= 0, f'config.train.z_loss={self.z_loss} is negative; give 0 or more')
 
 
 @dataclass(frozen=True)
@@ -282,7 +179,7 @@ class MeshConfig:
 
   def __post_init__(self):
     sizes = {name: vars(self)[name] for name in ('data', 'fsdp', 'tensor', 'dcn')}
-    _require(
+    require(
       all(size == -1 or size >= 1 for size in sizes.values()) and list(sizes.values()).count(-1) <= 1,
       f'config.mesh has sizes {sizes}; each is at least 1, and one may be -1',
     )
@@ -297,10 +194,10 @@ class CheckpointConfig:
   keep_every_steps: int | None = None  # keep every p-th step for ever
 
   def __post_init__(self):
-    _require(self.every_steps >= 1, f'config.checkpoint.every_steps={self.every_steps} is below 1')
-    _require(self.keep_last >= 1, f'config.checkpoint.keep_last={self.keep_last} is below 1')
+    require(self.every_steps >= 1, f'config.checkpoint.every_steps={self.every_steps} is below 1')
+    require(self.keep_last >= 1, f'config.checkpoint.keep_last={self.keep_last} is below 1')
     every = self.keep_every_steps
-    _require(every is None or every >= 1, f'config.checkpoint.keep_every_steps={every} is below 1')
+    require(every is None or every >= 1, f'config.checkpoint.keep_every_steps={every} is below 1')
 
 
 @dataclass(frozen=True)
@@ -312,10 +209,10 @@ class EvalConfig:
   sample_tokens: int = 160  # length of each sample written at the end of the run; 0 = none
 
   def __post_init__(self):
-    _require(self.every_steps >= 1, f'config.eval.every_steps={self.every_steps} is below 1')
-    _check_counts('eval', vars(self), ('num_batches',), 1)
+    require(self.every_steps >= 1, f'config.eval.every_steps={self.every_steps} is below 1')
+    check_counts('eval', vars(self), ('num_batches',), 1)
     tokens = self.sample_tokens
-    _require(
+    require(
       0 <= tokens <= 2**16, f'config.eval.sample_tokens={tokens} must lie between 0 and {2**16}: people read them'
     )
 
@@ -343,11 +240,11 @@ class GuardConfig:
   def __post_init__(self):
     for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
       value = vars(self)[name]
-      _require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
-    _require(self.rollback >= 0, f'config.guard.rollback={self.rollback} is below 0; 0 = off')
+      require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
+    require(self.rollback >= 0, f'config.guard.rollback={self.rollback} is below 0; 0 = off')
     for name in ('startup_secs', 'patience_secs', 'max_token_correlation', 'max_contraction', 'max_loss'):
       value = vars(self)[name]
-      _require(value is None or value > 0, f'config.guard.{name}={value} must be positive')
+      require(value is None or value > 0, f'config.guard.{name}={value} must be positive')
 
 
 @dataclass(frozen=True)
@@ -359,7 +256,7 @@ class LogConfig:
   wandb_project: str = ''  # empty = no Weights & Biases
 
   def __post_init__(self):
-    _require(self.every_steps >= 1, f'config.log.every_steps={self.every_steps} is below 1')
+    require(self.every_steps >= 1, f'config.log.every_steps={self.every_steps} is below 1')
 
 
 @dataclass(frozen=True)
@@ -379,29 +276,34 @@ class Config:
   log: LogConfig = field(default_factory=LogConfig)
   guard: GuardConfig = field(default_factory=GuardConfig)
 
+  @property
+  def loss_chunks(self) -> int:
+    """In how many parts of its positions a row's loss is computed."""
+    return max(self.data.seq_len // self.train.loss_chunk, 1)
+
   def __post_init__(self):
     begins = [0, *(step for step, _ in self.data.changes_of(self.train.num_steps)), self.train.num_steps]
-    _require(
+    require(
       all(a < b for a, b in itertools.pairwise(begins)),
       f'config.data.weight_changes: of config.train.num_steps={self.train.num_steps} they would begin at steps '
       f'{begins[1:-1]}, and each needs a step of its own; move them, or train longer',
     )
     chunk, seq_len = self.train.loss_chunk, self.data.seq_len
-    _require(
+    require(
       seq_len % min(chunk, seq_len) == 0,
       f'config.train.loss_chunk={chunk} does not divide config.data.seq_len={seq_len}; use a divisor',
     )
     needed = 1 - (-self.guard.alarm_patience * self.eval.every_steps // self.checkpoint.every_steps)
-    _require(
+    require(
       not self.guard.rollback or self.guard.on_alarm == 'warn' or self.checkpoint.keep_last >= needed,
       "config.guard.rollback with on_alarm='stop' returns to ahead of the last alarm_patience evaluations; raise "
       f'config.checkpoint.keep_last={self.checkpoint.keep_last} to {needed}, with these intervals',
     )
     steps = self.train.num_steps
     ramps = self.optim.warmup_of(steps) + self.optim.cooldown_of(steps)
-    _require(
+    require(
       ramps <= steps,
       f'config.optim: warm-up and cooldown take {ramps} steps, more than config.train.num_steps={steps}; shorten '
       'them or train longer',
     )
-    _require(0 <= self.seed < 2**31, f'config.seed={self.seed} must lie in [0, 2**31): it seeds every random draw')
+    require(0 <= self.seed < 2**31, f'config.seed={self.seed} must lie in [0, 2**31): it seeds every random draw')

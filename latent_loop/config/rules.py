@@ -1,0 +1,17 @@
+"""How the parts of a configuration say what is wrong with a value."""
+
+from latent_loop.errors import BadInput
+
+LARGEST = 2**31 - 1  # what the devices' 32-bit integers hold
+
+
+def require(condition: bool, sentence: str) -> None:
+  if not condition:
+    raise BadInput(sentence)
+
+
+def check_counts(group: str, values: dict, names: tuple[str, ...], low: int) -> None:
+  for name in names:
+    require(
+      low <= values[name] <= LARGEST, f'config.{group}.{name}={values[name]} must lie between {low} and {LARGEST}'
+    )
