@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_loop import data
-from latent_loop.config import Config
+from latent_loop.config import Config, DataConfig
 from latent_loop.data import embedded_text, packing
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -36,6 +36,26 @@ def test_window_resets_at_documents():
   # The end of a document is predicted; the start of the next one and padding are not.
   assert row['weights_BT'].tolist() == [1, 1, 0, 1, 1, 0, 0]
   assert row['targets_BT'].tolist() == window[1:].tolist()
+
+
+def test_documents_together_are_one_that_predicts_what_they_did(text):
+  """As the references train: places count on, nothing is hidden; padding stays padding, borders are no targets."""
+  window = np.array([7, utf8.EOS, utf8.BOS, 5, utf8.EOS, utf8.PAD, utf8.PAD])
+  apart, row = packing.window_to_row(window), packing.joined(packing.window_to_row(window))
+  assert row['positions_BT'].tolist() == [0, 1, 2, 3, 4, 5]
+  assert row['segment_ids_BT'].tolist() == [1, 1, 1, 1, 1, 0]
+  assert all((row[name] == apart[name]).all() for name in ('tokens_BT', 'targets_BT', 'weights_BT'))
+  one, other = (Batches(text.rows('train'), 3, 4, together=together) for together in (False, True))
+  assert (one.batch(2).tokens_BT == other.batch(2).tokens_BT).all() and one.order_hash() == other.order_hash()
+  border = next(i for i in range(1000) if one.batch(i).segment_ids_BT.max() > 1)
+  assert (other.batch(border).segment_ids_BT == 1).all()
+
+
+def test_a_row_is_one_document_only_where_the_config_says_so():
+  assert DataConfig(documents='together').one_document and not DataConfig().one_document
+  assert not DataConfig(source='addition').one_document  # many instances in a row
+  assert DataConfig(source='parquet', paths=('x',)).one_document
+  assert not DataConfig(source='parquet', paths=('x',), bos=1).one_document
 
 
 def test_every_token_of_an_epoch_is_a_target_once(text):
