@@ -1,7 +1,8 @@
 """Plans a run: python -m launch.plan --config=experiments/huginn_3p5b.py --topology=v5p:4x4x4
 
-Compiles the train step for TPUs that are not here (needs launch/requirements/tpu.txt, no TPU) and prints what it would
-need and take. For GPUs (h100:64) it counts without compiling.
+Compiles the train step for chips that are not here and prints what it would need and take: for TPUs with
+launch/requirements/tpu.txt, for NVIDIA's A100, H100 and H200 (h100:64) with launch/requirements/cuda.txt. Where the
+compiler is not installed, GPUs are counted without it.
 """
 
 import json

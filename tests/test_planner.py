@@ -16,7 +16,7 @@ from latent_loop.config import MeshConfig
 from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.parallel import mesh as meshes
-from latent_loop.planner import hlo, topology
+from latent_loop.planner import gpus, hlo, topology
 from latent_loop.planner.plan import _out_of_memory
 from latent_loop.planner.roofline import Roofline
 from tests.reading_path import ROOT
@@ -85,13 +85,13 @@ def test_an_absent_tpu_compiler_is_a_sentence_that_says_how_to_get_it(monkeypatc
 
 def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
   config = tiny_config()
-  found = topology.find('h200:4', 2)
+  found = topology.find('mi250x:4', 2)
   assert (found.num_chips, found.devices) == (8, [])
   counted = cost.count(build(config.model, config.depth), T)
   at = Roofline(config, counted, found, [], 1).at
-  assert at(9, 3).matmul - at(5, 3).matmul == pytest.approx(4 * (counted.core - counted.drive) * B * T / 8 / 989e12)
+  assert at(9, 3).matmul - at(5, 3).matmul == pytest.approx(4 * (counted.core - counted.drive) * B * T / 8 / 383e12)
   assert 0 < at(5, 3).mfu < 1
-  numbers = planner.summary(planner.plan(config, 'h200:4', 2, None, print))
+  numbers = planner.summary(planner.plan(config, 'mi250x:4', 2, None, print))
   assert KEYS <= numbers.keys() and numbers['fits'] is None and numbers['weight_collectives_elsewhere'] is None
 
 
@@ -148,15 +148,24 @@ def test_slices_are_the_outermost_axis(axes):
   assert [sorted(part.ravel()) for part in ids] == np.arange(8).reshape(axes['dcn'], -1).tolist()
 
 
+needs = lambda there, file: pytest.mark.skipif(not there, reason=f'no compiler for it: launch/requirements/{file}')
+COMPILERS = [
+  pytest.param('v5e:2x2', 'tpu_custom_call', marks=needs(HAS_LIBTPU, 'tpu.txt')),
+  pytest.param('h200:4', 'fmha', marks=needs(gpus.HAS_COMPILER, 'cuda.txt (3 GB)')),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason='the TPU compiler is not installed: launch/requirements/tpu.txt')
-def test_the_step_compiles_for_a_real_tpu_with_no_weight_collective_in_the_depth_loops(tmp_path):
+@pytest.mark.parametrize('chips, kernel', COMPILERS)
+def test_the_step_compiles_for_real_chips_with_no_weight_collective_in_the_depth_loops(chips, kernel, tmp_path):
+  """Rows and heads are both split, and the kernel of the platform is in."""
   flags = {
     'model.width': 256, 'model.num_heads': 2, 'model.mlp_dim': 256, 'model.compute_dtype': 'bfloat16',
     'model.vocab_size': V + 188, 'data.seq_len': 128, 'train.loss_chunk': 128, 'mesh.fsdp': 2,
+    'mesh.tensor': 2,
   }  # fmt: skip
   command = [
-    sys.executable, '-m', 'launch.plan', '--config=experiments/tiny_task.py', '--topology=v5e:2x2', '--json',
+    sys.executable, '-m', 'launch.plan', '--config=experiments/tiny_task.py', f'--topology={chips}', '--json',
     f'--dump_hlo={tmp_path}/step.hlo', *(f'--config.{key}={value}' for key, value in flags.items()),
   ]  # fmt: skip
   environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
@@ -165,4 +174,5 @@ def test_the_step_compiles_for_a_real_tpu_with_no_weight_collective_in_the_depth
   numbers = json.loads(ran.stdout.splitlines()[-1])
   assert numbers['fits'] is True and numbers['devices'] == 4
   assert numbers['weight_collectives_in_depth_loops'] == 0 < numbers['weight_collectives_elsewhere']
-  assert 'all-gather' in (tmp_path / 'step.hlo').read_text()
+  text = (tmp_path / 'step.hlo').read_text()
+  assert 'all-gather' in text and kernel in text

@@ -5,12 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-
-def same_segment(ids_BT: jax.Array) -> jax.Array:
-  """[B, 1, T, T]: which pairs of tokens are of one document."""
-  return (ids_BT[:, :, None] == ids_BT[:, None, :])[:, None]
-
-
 LONG = 128  # tokens, from which on halves pay
 
 

@@ -3,7 +3,8 @@
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec as P
+
+from latent_loop.kernels.heads import on_own_heads
 
 LANES = 128  # sequences must be a multiple
 _BLOCK = 512
@@ -16,31 +17,19 @@ def splash(
 
   interpret: run the kernel's steps in plain JAX, on any device, for tests.
   """
-  heads_first = lambda x_BTNH: x_BTNH.swapaxes(1, 2)
   scale = q_BTNH.shape[-1] ** -0.5
-  q_BNTH, k_BNTH, v_BNTH = heads_first(q_BTNH * scale), heads_first(k_BTNH), heads_first(v_BTNH)
 
-  def attend(q_BNTH, k_BNTH, v_BNTH, segment_ids_BT):
-    _, N, T, _ = q_BNTH.shape
+  def attend(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT):
+    _, T, N, _ = q_BTNH.shape
     block = _BLOCK if T % _BLOCK == 0 else LANES
     names = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
     sizes = kernel.BlockSizes(**dict.fromkeys(names, block))
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
     one = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    heads_first = [x_BTNH.swapaxes(1, 2) for x_BTNH in (q_BTNH * scale, k_BTNH, v_BTNH)]
     if segment_ids_BT is None:
-      return jax.vmap(one)(q_BNTH, k_BNTH, v_BNTH)
+      return jax.vmap(one)(*heads_first).swapaxes(1, 2)
     ids = kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
-    return jax.vmap(one)(q_BNTH, k_BNTH, v_BNTH, ids)
+    return jax.vmap(one)(*heads_first, ids).swapaxes(1, 2)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty:  # a kernel cannot be split by the compiler: each shard over tensor runs it on its own heads
-    heads = P(None, 'tensor')
-    attend = jax.shard_map(
-      attend,
-      mesh=mesh,
-      in_specs=(heads, heads, heads, P()),
-      out_specs=heads,
-      axis_names={'tensor'},
-      check_vma=False,
-    )
-  return attend(q_BNTH, k_BNTH, v_BNTH, segment_ids_BT).swapaxes(1, 2)
+  return on_own_heads(attend)(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT)

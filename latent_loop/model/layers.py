@@ -13,7 +13,8 @@ from flax import nnx
 
 from latent_loop.config import ModelConfig
 from latent_loop.kernels.choice import choose_attention
-from latent_loop.kernels.plain import plain_attention, same_segment
+from latent_loop.kernels.cudnn import cudnn
+from latent_loop.kernels.plain import plain_attention
 from latent_loop.kernels.product import product
 from latent_loop.kernels.rotary import Turn, rotate, turn_of
 from latent_loop.kernels.splash import splash
@@ -48,8 +49,7 @@ class Rows:
       return splash(q_BTNH, k_BTNH, v_BTNH, ids_BT, interpret=False)
     if kind in ('xla', 'splash'):  # a kernel cannot be split by the compiler; generation, which is, does without it
       return plain_attention(q_BTNH, k_BTNH, v_BTNH, ids_BT)
-    mask = None if ids_BT is None else same_segment(ids_BT)
-    return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask=mask, is_causal=True, implementation=kind)
+    return cudnn(q_BTNH, k_BTNH, v_BTNH, ids_BT, on_own_rows())
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:

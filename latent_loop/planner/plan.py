@@ -19,7 +19,7 @@ from latent_loop.optim import make_optimizer
 from latent_loop.parallel import mesh as meshes
 from latent_loop.parallel import sharding
 from latent_loop.parallel.sharding import ROW_AXES
-from latent_loop.planner import hlo, topology
+from latent_loop.planner import gpus, hlo, topology
 from latent_loop.planner.roofline import Roofline
 from latent_loop.step import make_sharded_state, make_train_step
 
@@ -27,6 +27,7 @@ _TOKENS = 4096  # tokens per device and microbatch that keep matrix units busy
 # The TPU compiler's search for speed off: a quarter of the compile time, the same collectives, memory within 1 %
 # (experiments/LOG.md).
 _QUICK = {'exec_time_optimization_effort': -1.0}
+_OPTIONS = {'tpu': _QUICK, 'gpu': gpus.OPTIONS, 'cpu': None}
 _SMALL = 1024  # bytes; below it a collective carries numbers, not weights
 MODES = get_args(MeshConfig.__annotations__['weights'])  # from most memory to least
 
@@ -120,7 +121,7 @@ def _compile(config: Config, found: topology.Topology) -> Plan:
   lowered = _lower(config, model, mesh)
   begin = time.perf_counter()
   try:
-    compiled = lowered.compile(compiler_options=_QUICK if mesh.devices.flat[0].platform == 'tpu' else None)
+    compiled = lowered.compile(compiler_options=_OPTIONS[mesh.devices.flat[0].platform])
   except jax.errors.JaxRuntimeError as error:
     memory = _out_of_memory(error)
     return Plan(config, found, sizes, counted, memory, None, time.perf_counter() - begin, None)

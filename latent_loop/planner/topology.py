@@ -10,6 +10,7 @@ from jax.experimental import topologies
 
 from latent_loop.errors import BadInput
 from latent_loop.parallel.chips import CHIPS, Chip, count_chips
+from latent_loop.planner import gpus
 
 _LAPTOP = Chip('cpu', ('cpu',), 1e11, 16 * 2**30, 2e10, 1e10)  # orders of magnitude, for tests
 
@@ -44,7 +45,7 @@ def find(name: str, slices: int) -> Topology:
       raise BadInput(f'--topology={name}: this machine shows {len(jax.devices())} CPU device(s); ask for no more')
     return Topology(name, chip, jax.devices()[:total], total, total)
   if not chip.kinds[0].startswith('TPU'):
-    return Topology(name, chip, [], total, total)
+    return Topology(name, chip, gpus.devices(chip, total), total, total)
   devices = _tpu_devices(name, slices)
   return Topology(name, chip, devices, len(devices), count_chips(devices))
 
