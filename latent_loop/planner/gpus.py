@@ -16,7 +16,7 @@ OPTIONS = {'xla_gpu_autotune_level': 0}  # there is nothing to try kernels on
 
 
 def devices(chip: Chip, count: int) -> list:
-  """`count` GPUs to compile for, 8 in a host; none where JAX's CUDA plugin is not installed or the chip not described."""
+  """`count` GPUs to compile for, 8 in a host; none without JAX's CUDA plugin, or for a chip not described here."""
   if chip.name not in _CHIPS or not HAS_COMPILER:
     return []
   jax.devices()  # registers the plugin
