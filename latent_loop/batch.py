@@ -16,7 +16,7 @@ class Batch:
 
   targets_BT: the token to predict at each place. weights_BT: how much that prediction counts (0 for
   padding and for the first token of a document). positions_BT: place in the document, from 0.
-  segment_ids_BT: which document of its row a token belongs to, from 1; 0 marks padding.
+  segment_ids_BT: which document of its row a token belongs to, from 1 (1 where they are together); 0 marks padding.
   """
 
   tokens_BT: Array

@@ -62,7 +62,8 @@ def batches(config: Config, read_millis: list[float], effort: Effort) -> Iterato
 
 def _line_of(config: Config, rows: data.Rows, effort: Effort) -> Line:
   size, tokens = config.train.batch_size, config.train.batch_size * config.data.seq_len
-  made, step, seconds, cpu = Batches(rows, config.seed, size, threads=config.data.read_threads), 0, [], 0.0
+  threads, together = config.data.read_threads, config.data.documents == 'together'
+  made, step, seconds, cpu = Batches(rows, config.seed, size, threads=threads, together=together), 0, [], 0.0
   for number in range(effort.rounds * effort.repeats + 1):
     start, cpu_start, first = time.perf_counter(), time.process_time(), step
     while time.perf_counter() < start + _SECS:

@@ -18,13 +18,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from latent_loop.config import Config
+from latent_loop.config.rules import require
 from latent_loop.errors import BadInput
-
-
-def _require(condition: bool, sentence: str) -> None:
-  if not condition:
-    raise BadInput(sentence)
-
 
 # --- view: dataclass -> ConfigDict ------------------------------------------------------------------
 
@@ -83,27 +78,27 @@ def check_key(dotted: str) -> None:
 
 def _seal_value(value: Any, hint: Any, path: str) -> Any:
   if dataclasses.is_dataclass(hint):
-    _require(hasattr(value, 'items'), f'{path}={_show(value)}: not a group of keys; edit its fields instead')
+    require(hasattr(value, 'items'), f'{path}={_show(value)}: not a group of keys; edit its fields instead')
     return seal(value, hint, path)
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)
     known = isinstance(value, str) and value in choices
-    _require(known, f'{path}={_show(value)}: not known; choose one of {", ".join(choices)}')
+    require(known, f'{path}={_show(value)}: not known; choose one of {", ".join(choices)}')
     return value
   if typing.get_origin(hint) is types.UnionType:
     if value is None:
       return None
     hint = next(t for t in typing.get_args(hint) if t is not type(None))
   if typing.get_origin(hint) is tuple:
-    _require(isinstance(value, (tuple, list)), f'{path}={_show(value)}: not a tuple; write it as (a, b)')
+    require(isinstance(value, (tuple, list)), f'{path}={_show(value)}: not a tuple; write it as (a, b)')
     return tuple(_seal_value(v, typing.get_args(hint)[0], f'{path}[{i}]') for i, v in enumerate(value))
   if type(value) is int:
-    _require(abs(value) < _LARGEST, f'{path}={_show(value)}: it has more than 64 bits; give a smaller number')
+    require(abs(value) < _LARGEST, f'{path}={_show(value)}: it has more than 64 bits; give a smaller number')
     value = float(value) if hint is float else value
   kind = type(value).__name__
-  _require(type(value) is hint, f'{path}={_show(value)}: a {kind}; the rule is {hint.__name__}, give one')
-  _require(hint is not float or math.isfinite(value), f'{path}={value!r}: not a finite number; give one')
-  _require(hint is not str or _is_text(value), f'{path}={_show(value)}: not text that UTF-8 can write; give other text')
+  require(type(value) is hint, f'{path}={_show(value)}: a {kind}; the rule is {hint.__name__}, give one')
+  require(hint is not float or math.isfinite(value), f'{path}={value!r}: not a finite number; give one')
+  require(hint is not str or _is_text(value), f'{path}={_show(value)}: not text that UTF-8 can write; give other text')
   return value
 
 
@@ -142,7 +137,7 @@ def from_json(text: str, path: str) -> Config:
   """The config in `text`, which was read from `path`; raises BadInput when it is not one."""
   try:
     values = json.loads(text)
-    _require(isinstance(values, dict), 'not a JSON object')
+    require(isinstance(values, dict), 'not a JSON object')
     return seal(values)
   except (ValueError, RecursionError) as error:  # of json, or BadInput
     raise BadInput(

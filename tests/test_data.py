@@ -56,6 +56,20 @@ def test_a_row_is_one_document_only_where_the_config_says_so():
   assert not DataConfig(source='addition').one_document  # many instances in a row
   assert DataConfig(source='parquet', paths=('x',)).one_document
   assert not DataConfig(source='parquet', paths=('x',), bos=1).one_document
+  with pytest.raises(BadInput, match="instances of addition are problems of their own; use 'apart'"):
+    DataConfig(source='addition', documents='together')
+
+
+def test_what_changes_no_row_changes_no_fingerprint_of_the_data():
+  """A run goes on with other read_threads, and after the config has got a new field."""
+  for source in ('embedded_text', 'addition'):
+    one, other, longer = (
+      data.make_source(
+        dataclasses.replace(Config(), data=DataConfig(source=source, seq_len=length, read_threads=threads))
+      )
+      for length, threads in ((64, 1), (64, 2), (128, 1))
+    )
+    assert one.fingerprint == other.fingerprint != longer.fingerprint
 
 
 def test_every_token_of_an_epoch_is_a_target_once(text):

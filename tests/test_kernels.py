@@ -67,3 +67,12 @@ def test_a_long_row_is_attended_to_in_halves_without_a_difference():
   ours = grads(lambda q, k, v: plain_attention(q, k, v, rows.segment_ids_BT))
   theirs = grads(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_gradients_of_plain_attention_in_bfloat16_are_those_of_the_dtype():
+  """Also where all keys, and all values, have a part in common, as a bias gives them."""
+  q, k, v, dy = (jax.random.normal(key, (2, 256, 2, 32)) for key in jax.random.split(jax.random.key(0), 4))
+  k, v = k + 3, v + 2
+  pull = lambda dtype: jax.vjp(lambda *qkv: plain_attention(*qkv, None), *(x.astype(dtype) for x in (q, k, v)))[1]
+  for got, want in zip(pull(jnp.bfloat16)(dy.astype(jnp.bfloat16)), pull(jnp.float32)(dy), strict=True):
+    assert jnp.linalg.norm(got - want) < 0.01 * jnp.linalg.norm(want)

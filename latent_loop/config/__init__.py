@@ -42,6 +42,8 @@ class ModelConfig:
   rope_base: float = 50_000.0
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
+  # What is computed again in the backward pass, for memory. But for 'iteration' a step computes backprop_depth
+  # iterations with gradient also when fewer are drawn: the faster choice unless a curriculum starts far below.
   remat: Literal['none', 'iteration', 'block'] = 'iteration'
 
   @property
@@ -154,7 +156,7 @@ class TrainConfig:
   num_steps: int = 1000
   batch_size: int = 8  # global, in sequences
   num_microbatches: int = 1  # gradient accumulation; one depth serves all of them
-  loss_chunk: int = 256  # positions whose logits exist at the same time
+  loss_chunk: int = 256  # positions whose logits exist at the same time; where they are not all, computed twice
   z_loss: float = 0.0
 
   def __post_init__(self):

@@ -12,7 +12,8 @@ _ON_DISK = ('prepared', 'parquet', 'chat')  # the sources that read config.data.
 @dataclass(frozen=True)
 class DataConfig:
   """Where rows of tokens come from. Synthetic tasks read difficulty; prepared data reads paths, weights
-  (and their changes), packing; parquet paths, weights, column, bos, tokenizer; chat paths, weights, packing, tokenizer.
+  (and their changes), packing; parquet paths, weights, column, bos, tokenizer; chat paths, weights, packing, tokenizer;
+  all but tasks documents.
   """
 
   source: str = 'embedded_text'
@@ -46,6 +47,10 @@ class DataConfig:
     require(
       0 < self.validation_fraction < 1,
       f'config.data.validation_fraction={self.validation_fraction} must lie between 0 and 1',
+    )
+    require(
+      self.documents == 'apart' or self.source in (*_ON_DISK, 'embedded_text'),
+      f"config.data.documents={self.documents!r}: instances of {self.source} are problems of their own; use 'apart'",
     )
     require(
       bool(self.paths) == (self.source in _ON_DISK),

@@ -50,7 +50,7 @@ class EmbeddedText:
     documents = read_documents()
     self._cfg = cfg
     self._documents = {'train': [], 'validation': []}
-    digest = hashlib.blake2b(f'{cfg}'.encode(), digest_size=16)
+    digest = hashlib.blake2b(f'{[cfg.seq_len, cfg.validation_fraction]}'.encode(), digest_size=16)
     for name, text in documents:
       held_out = _uniform(name) < cfg.validation_fraction
       self._documents['validation' if held_out else 'train'].append(text)

@@ -1,4 +1,4 @@
-"""Documents to rows: segment ids, positions that restart, and weights that stop at document borders."""
+"""Documents to rows: segment ids, positions that restart (or not: `joined`), weights that stop at document borders."""
 
 import numpy as np
 

@@ -186,7 +186,8 @@ class Task:
         f'{cfg.max_difficulty}; raise seq_len to {longest - 1} or lower max_difficulty'
       )
     self.chance_accuracy = TASKS[name][1]
-    self.fingerprint = hashlib.blake2b(f'{name} {cfg} {seed}'.encode(), digest_size=16).hexdigest()
+    facts = [name, cfg.seq_len, cfg.min_difficulty, cfg.max_difficulty, cfg.validation_fraction, seed]
+    self.fingerprint = hashlib.blake2b(f'{facts}'.encode(), digest_size=16).hexdigest()
 
   def rows(self, split: str) -> TaskRows:
     return TaskRows(self._name, self._cfg, self._seed, split)

@@ -72,7 +72,7 @@ def make_depth_eval(model: Model, mesh: Mesh, depths: tuple[int, ...], loss_chun
     """The sums over all rows; runs on each device, over its own."""
     params = gather(model.cast(params), specs_of(params))
     T = batch.tokens_BT.shape[1]
-    rows = Rows(batch.positions_BT, batch.segment_ids_BT)
+    rows = Rows(batch.positions_BT, batch.segment_ids_BT).ready(model.cfg)
     e_BTD = model.embed_input(params, batch.tokens_BT, rows)
     real_BT = (batch.segment_ids_BT > 0).astype(jnp.float32)
 

@@ -20,7 +20,7 @@ def make_right_eval(model: Model, depths: tuple[int, ...]) -> Callable[[Params, 
   def evaluate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     params = model.cast(params)
     B, T = batch.tokens_BT.shape
-    rows = Rows(batch.positions_BT, batch.segment_ids_BT)
+    rows = Rows(batch.positions_BT, batch.segment_ids_BT).ready(model.cfg)
     e_BTD = model.embed_input(params, batch.tokens_BT, rows)
 
     def is_right(s_BTD):

@@ -39,7 +39,7 @@ def make_exit_eval(model: Model, depth: int) -> Callable[[Params, Batch, jax.Arr
   def evaluate(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
     params = model.cast(params)
     B, T = batch.tokens_BT.shape
-    rows = Rows(batch.positions_BT, batch.segment_ids_BT)
+    rows = Rows(batch.positions_BT, batch.segment_ids_BT).ready(model.cfg)
     e_BTD = model.embed_input(params, batch.tokens_BT, rows)
     as_rows = lambda x: x.reshape(B * T, *x.shape[2:])
     as_tokens = lambda x: x.reshape(B, T, *x.shape[1:])

@@ -75,7 +75,7 @@ def look(model: Model, params: Params, request: Request) -> Lens:
 def _unroll(
   model: Model, params: Params, s_BTD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array, depth: int
 ) -> Lens:
-  params, rows = model.cast(params), Rows(positions_BT, None)
+  params, rows = model.cast(params), Rows(positions_BT, None).ready(model.cfg)
   e_BTD = model.embed_input(params, tokens_BT, rows)
   next_T1 = jnp.roll(tokens_BT[0], -1)[:, None]
   always_T = jnp.ones(next_T1.shape[:1], bool)

@@ -47,5 +47,6 @@ def masked_attention(q_BNTH: jax.Array, parts: list[tuple[jax.Array, jax.Array, 
   top_BNT1 = functools.reduce(jnp.maximum, [jnp.max(one, axis=-1, keepdims=True) for one in scores])
   weights = [jnp.exp(one - jax.lax.stop_gradient(top_BNT1)) for one in scores]
   total_BNT1 = sum(jnp.sum(one, axis=-1, keepdims=True) for one in weights)
-  ys = [jnp.einsum('BNTS,BNSH->BNTH', one.astype(v.dtype), v) for one, (_, v, _) in zip(weights, parts, strict=True)]
-  return (sum(ys) / total_BNT1).astype(q_BNTH.dtype)
+  # Divided ahead of the cast: after it the gradient's two parts, rounded each by itself, would not cancel in bfloat16.
+  weights = [(one / total_BNT1).astype(q_BNTH.dtype) for one in weights]
+  return sum(jnp.einsum('BNTS,BNSH->BNTH', one, v) for one, (_, v, _) in zip(weights, parts, strict=True))

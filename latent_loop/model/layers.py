@@ -29,16 +29,17 @@ class Rows:
 
   positions_BT: place of each token in its document, from 0.
   segment_ids_BT: tokens see only tokens of the same segment; 0 marks padding. None: a row is one document.
-  turn: what `turn_of` makes of the positions, where it was made ahead.
   """
 
   positions_BT: jax.Array
   segment_ids_BT: jax.Array | None
-  turn: Turn | None = None
+  turn: Turn | None = None  # rotary tables of the positions, where they were made ahead
 
   def ready(self, cfg: ModelConfig) -> 'Rows':
     """The same with its rotary tables, for all layers and iterations that follow. A loop makes them, so that they are
     kept: the CPU compiler would put cosines and sines into each pass that reads them (experiments/LOG.md)."""
+    if self.turn is not None:
+      return self
     turn = jax.lax.map(lambda positions_T: turn_of(positions_T, cfg.head_dim, cfg.rope_base), self.positions_BT)
     return dataclasses.replace(self, turn=turn)
 

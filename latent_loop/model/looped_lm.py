@@ -1,6 +1,6 @@
 """The depth-recurrent language model as an NNX declaration: embed, prelude, core, coda, readout.
 
-Nothing here loops over depth; model/depth_loop.py does, around `apply_core`.
+Nothing here loops over depth; model/depth_loop.py does, around `iterate`.
 """
 
 import math

@@ -55,10 +55,12 @@ class Roofline:
     config, cost, chips = self._config, self._cost, self._topology.chips_per_device
     tokens = config.train.batch_size * config.data.seq_len / self._topology.num_devices
     peak = self._topology.chip.flops * chips
+    branches = config.model.remat == 'iteration' or config.mesh.weights == 'gather_per_iteration'
+    ran = k if branches else config.depth.backprop_depth
     return StepTime(
       n=n,
       k=k,
-      matmul=tokens * (cost.train(n, k) + cost.recompute(k, config.loss_chunks) - cost.spared(n, k)) / peak,
+      matmul=tokens * (cost.train(n, ran) + cost.recompute(ran, config.loss_chunks) - cost.spared(n, ran)) / peak,
       memory=self._hbm_bytes(n, k, tokens) / (self._topology.chip.hbm_bandwidth * chips),
       communication=self._communication(n),
       model_flops_per_device=tokens * cost.train(n, k),
