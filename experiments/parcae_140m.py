@@ -20,7 +20,7 @@ def get_config():
   model.init, model.scale_embedding, model.norm_eps = 'scaled_zero', False, 1e-5
   model.compute_dtype = 'bfloat16'
   config.depth.kind, config.depth.mean, config.depth.backprop_depth = 'poisson', 8, 4
-  config.data.seq_len = 2048
+  config.data.seq_len, config.data.documents = 2048, 'together'
   optim = config.optim
   optim.kind, optim.learning_rate, optim.adam_learning_rate = 'muon', 8e-3, 8e-3
   optim.b1, optim.b2, optim.eps, optim.weight_decay = 0.8, 0.95, 1e-10, 0.2
