@@ -113,7 +113,10 @@ def _show(value: Any) -> str:
   """A value of the user's for a sentence: not too long, and Python writes no number of thousands of digits."""
   if type(value) is int and abs(value) >= _LARGEST:
     return f'{"-" if value < 0 else ""}2**{value.bit_length() - 1}...'
-  text = ' '.join(repr(value).split())  # that of a ConfigDict has lines
+  try:
+    text = ' '.join(repr(value).split())  # that of a ConfigDict has lines
+  except ValueError:  # such a number is somewhere inside
+    return f'a {type(value).__name__}'
   return text if len(text) <= 200 else f'{text[:200]}...'
 
 

@@ -48,6 +48,7 @@ def test_json_that_python_cannot_read_is_no_model(tmp_path, text):
   'key, value, words',
   [
     ('seed', 10**5000, r'config.seed=2\*\*16609...: it has more than 64 bits'),
+    ('mesh.tensor', 10**5000, r'config.mesh.tensor=2\*\*16609...: it has more than 64 bits'),
     ('train.num_steps', 2**31, 'config.train.num_steps=2147483648 must lie between 1 and 2147483647'),
     ('name', 'a\udcff', 'not text that UTF-8 can write'),
     ('name', 7 * 'x' * 100 + '\ud800', r"'x+\.\.\.: not text"),
