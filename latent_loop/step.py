@@ -60,7 +60,7 @@ def make_sharded_state(config: Config, model: Model, optimizer: optax.GradientTr
 
 
 def rows_of(batch: Batch, one_document: bool = False) -> Rows:
-  """What attention must know. one_document: rows are known to need no mask but the causal one; a mask costs time."""
+  """What attention must know. one_document: rows are known to need no mask but the causal one."""
   return Rows(batch.positions_BT, None if one_document else batch.segment_ids_BT)
 
 

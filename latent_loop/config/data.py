@@ -24,7 +24,7 @@ class DataConfig:
   # training alone: validation keeps the first ones, so that its losses can be compared
   packing: Literal['concat', 'best_fit'] = 'concat'  # rows cut from one stream, or filled with whole documents
   documents: Literal['apart', 'together'] = 'apart'  # together: a token sees all earlier ones of its row and counts its
-  # place from the row's begin, whatever documents they are of, as the references train; the faster of the two
+  # place from the row's begin, whatever documents they are of, as the references train
   read_threads: int = 1  # rows of a batch that are read at once; more for a slow or distant disk
   column: str = 'input_ids'  # of a parquet file: seq_len + 1 ids in each row
   bos: int | None = None  # the id that begins a document in those; None = a row is one document, as the paper trains

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LONG = 128  # tokens, from which on halves pay
+_LONG = 128  # tokens, from which on halves pay
 
 
 def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, ids_BT: jax.Array | None) -> jax.Array:
@@ -16,7 +16,7 @@ def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, ids
   """
   T = q_BTNH.shape[1]
   q_BTNH = scaled(q_BTNH)  # ahead of the move, with which the compiler joins it
-  halves = (slice(T // 2), slice(T // 2, T)) if T >= LONG else (slice(T),)
+  halves = (slice(T // 2), slice(T // 2, T)) if T >= _LONG else (slice(T),)
   heads_first = lambda x_BTNH: [x_BTNH[:, half].swapaxes(1, 2) for half in halves]  # no half is copied twice
   parts = list(zip(heads_first(k_BTNH), heads_first(v_BTNH), strict=True))
 

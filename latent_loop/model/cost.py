@@ -51,6 +51,7 @@ class Cost:
     return self.head * (loss_chunks > 1) + again[self.remat]
 
   def spared(self, n: float, k: float) -> float:
+    """What every iteration but the first with gradient does not compute, though `train` counts it."""
     return self.drive * (n + 3 * (k - 1))
 
 
