@@ -104,9 +104,23 @@ def test_the_step_is_planned_on_virtual_devices():
   assert numbers['mesh'] == {'dcn': 1, 'data': 2, 'fsdp': 4, 'tensor': 1} and numbers['global_batch'] == 64
   assert numbers['weight_collectives_in_depth_loops'] == 0 < numbers['weight_collectives_elsewhere']
   assert numbers['collective_bytes_per_step'] == sum(c.bytes_per_step(0) for c in made.collectives)
-  assert 'fits' in planner.describe(made, numbers) and '--config.train.num_microbatches' in planner.describe(
-    made, numbers
-  )
+  text = planner.describe(made, numbers)
+  assert 'fits' in text and '--config.train.batch_size=64 --config.train.num_microbatches=' in text
+  assert '--config.mesh.dcn=1 --config.mesh.data=2 --config.mesh.fsdp=4 --config.mesh.tensor=1' in text
+
+
+def test_where_no_mode_fits_the_plan_is_of_the_one_that_needs_least(monkeypatch):
+  needed = {'gather_once': 3, 'gather_per_microbatch': 1, 'gather_per_iteration': 2}
+  module = sys.modules['latent_loop.planner.plan']  # the package's `plan` is the function
+
+  def compiled(config, found):
+    memory = module.Memory(0, 0, 0, needed[config.mesh.weights] * 10**15)
+    return planner.Plan(config, found, {}, None, memory, [], 0.0, None)
+
+  monkeypatch.setattr(module, '_compile', compiled)
+  assert planner.plan(tiny_config(), 'cpu:8', 1, None, print).config.mesh.weights == 'gather_per_microbatch'
+  needed['gather_once'] = 0
+  assert planner.plan(tiny_config(), 'cpu:8', 1, None, print).config.mesh.weights == 'gather_once'
 
 
 @pytest.mark.slow
@@ -115,7 +129,8 @@ def test_what_does_not_fit_is_said_with_the_amount_and_the_remedy(monkeypatch):
   monkeypatch.setattr(topology, '_LAPTOP', chip)
   made = planner.plan(tiny_config(**{'mesh.weights': 'gather_per_iteration'}), 'cpu:8', 1, None, print)
   text = planner.describe(made, planner.summary(made))
-  assert made.fits is False and 'does NOT fit' in text and 'GiB too much' in text and 'a larger fsdp axis' in text
+  assert made.fits is False and 'does NOT fit' in text and 'GiB too much' in text
+  assert 'What helps: --config.model.remat=block; --config.mesh.fsdp=8 --config.mesh.data=1;' in text
 
 
 @pytest.mark.parametrize(

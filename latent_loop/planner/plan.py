@@ -29,7 +29,8 @@ _TOKENS = 4096  # tokens per device and microbatch that keep matrix units busy
 _QUICK = {'exec_time_optimization_effort': -1.0}
 _OPTIONS = {'tpu': _QUICK, 'gpu': gpus.OPTIONS, 'cpu': None}
 _SMALL = 1024  # bytes; below it a collective carries numbers, not weights
-MODES = get_args(MeshConfig.__annotations__['weights'])  # from most memory to least
+# From fewest bytes sent to most, which is nearly always from most memory to least.
+MODES = get_args(MeshConfig.__annotations__['weights'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +78,24 @@ class Plan:
 
 
 def plan(config: Config, name: str, slices: int, global_batch: int | None, say: Callable[[str], None]) -> Plan:
-  """The plan of `config` on topology `name`, in the first mode that fits, from config.mesh.weights on.
+  """The plan of `config` on topology `name`, in the first mode that fits, from config.mesh.weights on; where none does,
+  in the one that needs least.
 
   Raises BadInput for a topology, mesh or batch that cannot be.
   """
   found = topology.find(name, slices)
   config = _fitted(config, found, slices, global_batch)
-  later = MODES[MODES.index(config.mesh.weights) :]
-  for mode in later:
+  too_large = []
+  for mode in MODES[MODES.index(config.mesh.weights) :]:
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, weights=mode))
     what = 'compiling the train step' if found.devices else 'counting the train step, which nothing here compiles,'
     say(f'{what} for {found.name}, {mode} ...')
     made = _compile(config, found)
     if made.fits is not False:
-      break
+      return made
     say(f'{mode} needs {made.memory.needed / 2**30:.1f} GiB of {made.capacity / 2**30:.1f} GiB per device')
-  return made
+    too_large.append(made)
+  return min(too_large, key=lambda made: made.memory.needed)
 
 
 def _fitted(config: Config, found: topology.Topology, slices: int, global_batch: int | None) -> Config:

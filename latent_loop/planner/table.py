@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_loop.config import Config
 from latent_loop.planner.plan import MODES, Plan
 
 GiB = 2**30
@@ -33,7 +34,7 @@ def describe(made: Plan, numbers: dict[str, Any]) -> str:
     ),
   ]
   lines = [f'{name:<14}{value}' for name, value in rows]
-  return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made, numbers)])
+  return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made)])
 
 
 def _memory(made: Plan) -> list[tuple[str, str]]:
@@ -81,19 +82,20 @@ def _by_depth(made: Plan) -> list[str]:
   return lines
 
 
-def _advice(made: Plan, numbers: dict[str, Any]) -> list[str]:
-  config = made.config
-  flags = [
-    f'--config.train.batch_size={config.train.batch_size}',
-    f'--config.train.num_microbatches={config.train.num_microbatches}',
-    f'--config.mesh.weights={config.mesh.weights}',
-    f'--config.mesh.dcn={config.mesh.dcn}',
-  ]
-  if made.fits is not False:
-    return ['to run it: ' + ' '.join(flags)]
-  blocks = '' if config.model.remat == 'block' else '; --config.model.remat=block'
-  more = f'a larger fsdp axis (now {config.mesh.fsdp}; it must divide the width {config.model.width})'
-  return [
-    f'No mode fits ({", ".join(MODES)} tried). What helps: {more}; --config.mesh.tensor=2 or more{blocks}; '
-    'a smaller --config.train.loss_chunk; chips with more memory.'
-  ]
+def _advice(made: Plan) -> list[str]:
+  config, mesh = made.config, made.config.mesh
+  if made.fits is False:
+    return [f'No mode fits ({", ".join(MODES)} tried). What helps: {"; ".join(_remedies(made.config))}.']
+  flags = {'train.batch_size': config.train.batch_size, 'train.num_microbatches': config.train.num_microbatches}
+  flags |= {f'mesh.{axis}': getattr(mesh, axis) for axis in ('weights', 'dcn', 'data', 'fsdp', 'tensor')}
+  return ['to run it: ' + ' '.join(f'--config.{key}={value}' for key, value in flags.items())]
+
+
+def _remedies(config: Config) -> list[str]:
+  """What makes a step need less memory, as flags where they can be said; what costs least time first."""
+  mesh, width = config.mesh, config.model.width
+  rows = mesh.data * mesh.fsdp
+  larger = [size for size in range(mesh.fsdp + 1, rows + 1) if rows % size == 0 == width % size]
+  remedies = [] if config.model.remat == 'block' else ['--config.model.remat=block']
+  remedies += [f'--config.mesh.fsdp={larger[-1]} --config.mesh.data={rows // larger[-1]}'] if larger else []
+  return [*remedies, '--config.mesh.tensor=2 or more', 'more chips with a larger fsdp axis', 'chips with more memory']
