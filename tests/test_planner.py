@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -107,6 +108,7 @@ def test_the_step_is_planned_on_virtual_devices():
   text = planner.describe(made, numbers)
   assert 'fits' in text and '--config.train.batch_size=64 --config.train.num_microbatches=' in text
   assert '--config.mesh.dcn=1 --config.mesh.data=2 --config.mesh.fsdp=4 --config.mesh.tensor=1' in text
+  assert re.search(r'faster, where it fits too: --config.model.remat=none, [12]\d% fewer FLOPs per step', text)
 
 
 def test_where_no_mode_fits_the_plan_is_of_the_one_that_needs_least(monkeypatch):

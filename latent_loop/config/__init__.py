@@ -42,8 +42,8 @@ class ModelConfig:
   rope_base: float = 50_000.0
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
-  # What is computed again in the backward pass, for memory. But for 'iteration' a step computes backprop_depth
-  # iterations with gradient also when fewer are drawn: the faster choice unless a curriculum starts far below.
+  # What is computed again in the backward pass, for memory. A step computes backprop_depth iterations with gradient
+  # also when fewer are drawn; only 'iteration' with a curriculum, which starts far below, skips them, for more memory.
   remat: Literal['none', 'iteration', 'block'] = 'iteration'
 
   @property

@@ -103,9 +103,10 @@ class Model:
       stopped, s_BTD, stopped_drive = jax.lax.stop_gradient((params, s_BTD, drive))
       s_BTD = jax.lax.stop_gradient(iterate(lambda s: core(stopped, s, stopped_drive), s_BTD, n))
       # What an iteration fetches must not be kept for the backward pass, or all of it would be whole at once.
-      remat = self.cfg.remat == 'iteration' or fetch is not None
+      remat = self.cfg.remat if fetch is None else 'iteration'
       iteration = lambda s: core(params, s, drive)
-      s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat)
+      branch = self.depth.curriculum != 'none'
+      s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat, branch)
     return self.apply_coda(params, s_BTD, rows)
 
   def _bind(self, params: Params) -> LoopedLM:

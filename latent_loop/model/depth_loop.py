@@ -1,5 +1,6 @@
 """The loop over depth, written once: everything that iterates the core comes through here."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +17,24 @@ def iterate(core: Core, s_BTD: jax.Array, count: jax.Array | int) -> jax.Array:
   return jax.lax.fori_loop(0, count, lambda _, s: core(s), s_BTD)
 
 
-def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: bool) -> jax.Array:
+def iterate_with_gradient(
+  core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: str, branch: bool
+) -> jax.Array:
   """`k` applications with gradient out of `max_k` compiled ones (k may be traced, max_k is static).
 
-  With `remat` only the state between iterations is kept, each is computed again in the backward pass, and those past k
-  are not run. Without, all max_k stand in the program and are computed, those past k for nothing: behind a branch, what
-  the backward pass might read would all be written, three times the memory (experiments/LOG.md).
+  All max_k are computed, those past k for nothing: behind a branch, what the backward pass might read is all written,
+  weights and their gradients too, up to three times the memory (experiments/LOG.md). branch: few are drawn for long,
+  so that this is worth it; only where remat is 'iteration'.
+  remat 'none': all max_k stand in the program, which a CPU runs faster than a loop. 'block': one stands in it, of whose
+  blocks the core itself keeps the inputs alone. 'iteration': only the states between iterations are kept.
   """
-  if not remat:
-    for i in range(max_k):
-      s_BTD = jnp.where(i < k, core(s_BTD), s_BTD)
-    return s_BTD
-  body = jax.checkpoint(lambda s, i: (jax.lax.cond(i < k, core, lambda s: s, s), None), prevent_cse=False)
-  return jax.lax.scan(body, s_BTD, jnp.arange(max_k))[0]
+  step = lambda s, i: jnp.where(i < k, core(s), s)
+  if remat == 'none':
+    return functools.reduce(step, range(max_k), s_BTD)
+  if remat == 'iteration':
+    step = (lambda s, i: jax.lax.cond(i < k, core, lambda s: s, s)) if branch else step
+    step = jax.checkpoint(step, prevent_cse=False)
+  return jax.lax.scan(lambda s, i: (step(s, i), None), s_BTD, jnp.arange(max_k))[0]
 
 
 def iterate_rows(core: Callable, leave: Callable, memory: Any, s_BTD: jax.Array, running_B: jax.Array):

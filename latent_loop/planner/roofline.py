@@ -55,8 +55,7 @@ class Roofline:
     config, cost, chips = self._config, self._cost, self._topology.chips_per_device
     tokens = config.train.batch_size * config.data.seq_len / self._topology.num_devices
     peak = self._topology.chip.flops * chips
-    branches = config.model.remat == 'iteration' or config.mesh.weights == 'gather_per_iteration'
-    ran = k if branches else config.depth.backprop_depth
+    ran = config.depth.backprop_depth  # iterations past k are computed, too
     return StepTime(
       n=n,
       k=k,

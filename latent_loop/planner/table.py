@@ -1,5 +1,6 @@
 """A plan as text for people."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def describe(made: Plan, numbers: dict[str, Any]) -> str:
     ),
   ]
   lines = [f'{name:<14}{value}' for name, value in rows]
-  return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made)])
+  return '\n'.join([*lines, '', *_by_depth(made), '', *_advice(made, numbers['mean_n'])])
 
 
 def _memory(made: Plan) -> list[tuple[str, str]]:
@@ -82,13 +83,24 @@ def _by_depth(made: Plan) -> list[str]:
   return lines
 
 
-def _advice(made: Plan) -> list[str]:
+def _advice(made: Plan, mean_n: float) -> list[str]:
   config, mesh = made.config, made.config.mesh
   if made.fits is False:
     return [f'No mode fits ({", ".join(MODES)} tried). What helps: {"; ".join(_remedies(made.config))}.']
   flags = {'train.batch_size': config.train.batch_size, 'train.num_microbatches': config.train.num_microbatches}
   flags |= {f'mesh.{axis}': getattr(mesh, axis) for axis in ('weights', 'dcn', 'data', 'fsdp', 'tensor')}
-  return ['to run it: ' + ' '.join(f'--config.{key}={value}' for key, value in flags.items())]
+  return ['to run it: ' + ' '.join(f'--config.{key}={value}' for key, value in flags.items()), *_faster(made, mean_n)]
+
+
+def _faster(made: Plan, mean_n: float) -> list[str]:
+  config, k = made.config, made.config.depth.backprop_depth
+  if config.model.remat == 'none' or config.mesh.weights == 'gather_per_iteration':  # which computes iterations again
+    return []
+  total = lambda remat: (
+    made.cost.train(mean_n, k) + dataclasses.replace(made.cost, remat=remat).recompute(k, config.loss_chunks)
+  )
+  saved = 1 - total('none') / total(config.model.remat)
+  return [f'faster, where it fits too: --config.model.remat=none, {saved:.0%} fewer FLOPs per step']
 
 
 def _remedies(config: Config) -> list[str]:
