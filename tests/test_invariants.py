@@ -168,13 +168,12 @@ def test_rematerialization_changes_nothing():
   """remat none = iteration = block, value and gradient, also where fewer iterations are drawn than are compiled."""
   batch, s_BTD, c_BTD = random_batch(), random_state(1), random_state(2)
   models = {remat: tiny_model(**{'model.remat': remat}) for remat in ('none', 'iteration', 'block')}
-  models['branch'] = tiny_model(**{'depth.curriculum': 'linear', 'depth.curriculum_steps': 2})
   run = {remat: pullback(model) for remat, model in models.items()}
   for n, k in ((2, K), (0, 1)):
     results = {
       remat: run[remat](random_params(model), s_BTD, batch, n, k, c_BTD)[:2] for remat, model in models.items()
     }
-    for remat in ('iteration', 'block', 'branch'):
+    for remat in ('iteration', 'block'):
       assert worst_relative(results[remat], results['none']) < (5e-6, ''), (remat, n, k)
 
 

@@ -42,8 +42,7 @@ class ModelConfig:
   rope_base: float = 50_000.0
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
-  # What is computed again in the backward pass, for memory. A step computes backprop_depth iterations with gradient
-  # also when fewer are drawn; only 'iteration' with a curriculum, which starts far below, skips them, for more memory.
+  # What is computed again in the backward pass, for memory.
   remat: Literal['none', 'iteration', 'block'] = 'iteration'
 
   @property
@@ -71,7 +70,7 @@ class DepthConfig:
   kind: Literal['poisson_lognormal', 'poisson', 'uniform', 'fixed'] = 'poisson_lognormal'
   mean: int = 8
   sigma: float = 0.5  # of the log-normal rate; read by poisson_lognormal only
-  backprop_depth: int = 4  # k: the last iterations, which carry gradient
+  backprop_depth: int = 4  # k: the last iterations, which carry gradient; all computed also where fewer are drawn
   curriculum: Literal['none', 'linear', 'one_minus_sqrt'] = 'none'
   curriculum_steps: int = 0  # the law's mean and k grow to their full values over these steps
 

@@ -105,8 +105,7 @@ class Model:
       # What an iteration fetches must not be kept for the backward pass, or all of it would be whole at once.
       remat = self.cfg.remat if fetch is None else 'iteration'
       iteration = lambda s: core(params, s, drive)
-      branch = self.depth.curriculum != 'none'
-      s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat, branch)
+      s_BTD = iterate_with_gradient(iteration, s_BTD, k, self.depth.backprop_depth, remat)
     return self.apply_coda(params, s_BTD, rows)
 
   def _bind(self, params: Params) -> LoopedLM:

@@ -17,23 +17,18 @@ def iterate(core: Core, s_BTD: jax.Array, count: jax.Array | int) -> jax.Array:
   return jax.lax.fori_loop(0, count, lambda _, s: core(s), s_BTD)
 
 
-def iterate_with_gradient(
-  core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: str, branch: bool
-) -> jax.Array:
+def iterate_with_gradient(core: Core, s_BTD: jax.Array, k: jax.Array | int, max_k: int, remat: str) -> jax.Array:
   """`k` applications with gradient out of `max_k` compiled ones (k may be traced, max_k is static).
 
   All max_k are computed, those past k for nothing: behind a branch, what the backward pass might read is all written,
-  weights and their gradients too, up to three times the memory (experiments/LOG.md). branch: few are drawn for long,
-  so that this is worth it; only where remat is 'iteration'.
-  remat 'none': all max_k stand in the program, which a CPU runs faster than a loop. 'block': one stands in it, of whose
-  blocks the core itself keeps the inputs alone. 'iteration': only the states between iterations are kept.
+  weights and their gradients too, up to three times the memory (experiments/LOG.md). remat 'none': all stand in the
+  program, which a CPU runs faster than a loop. 'block': one does, whose blocks the core itself keeps the inputs of.
+  'iteration': one does, and only the states between iterations are kept.
   """
   step = lambda s, i: jnp.where(i < k, core(s), s)
   if remat == 'none':
     return functools.reduce(step, range(max_k), s_BTD)
-  if remat == 'iteration':
-    step = (lambda s, i: jax.lax.cond(i < k, core, lambda s: s, s)) if branch else step
-    step = jax.checkpoint(step, prevent_cse=False)
+  step = jax.checkpoint(step, prevent_cse=False) if remat == 'iteration' else step
   return jax.lax.scan(lambda s, i: (step(s, i), None), s_BTD, jnp.arange(max_k))[0]
 
 
