@@ -117,7 +117,7 @@ def test_where_no_mode_fits_the_plan_is_of_the_one_that_needs_least(monkeypatch)
 
   def compiled(config, found):
     memory = module.Memory(0, 0, 0, needed[config.mesh.weights] * 10**15)
-    return planner.Plan(config, found, {}, None, memory, [], 0.0, None)
+    return planner.Plan(config, found, {}, None, memory, [], 0.0, '')
 
   monkeypatch.setattr(module, '_compile', compiled)
   assert planner.plan(tiny_config(), 'cpu:8', 1, None, print).config.mesh.weights == 'gather_per_microbatch'
@@ -143,10 +143,18 @@ def test_what_does_not_fit_is_said_with_the_amount_and_the_remedy(monkeypatch):
       42.05,
     ),
     ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.', 17.5),
+    (
+      'RESOURCE_EXHAUSTED: E1000: Ran out of memory in memory space hbm. Used 15.75G of 15.75G hbm. Exceeded hbm '
+      'capacity by 7.70M.\n\nTotal hbm usage >= 16.01G:\n    reserved        258.12M',
+      16.01,
+    ),
   ],
 )
 def test_the_compilers_sentence_about_memory_is_understood(text, gib):
-  assert _out_of_memory(jax.errors.JaxRuntimeError(text)).needed == pytest.approx(gib * 2**30, rel=1e-6)
+  memory = _out_of_memory(jax.errors.JaxRuntimeError(text))
+  assert memory.needed == pytest.approx(gib * 2**30, rel=1e-6)
+  refused = planner.Plan(tiny_config(), topology.find('h200:8', 1), {}, None, memory, None, 0.0, None)
+  assert refused.fits is False and memory.needed < refused.capacity
   with pytest.raises(jax.errors.JaxRuntimeError):
     _out_of_memory(jax.errors.JaxRuntimeError('INTERNAL: something else'))
 

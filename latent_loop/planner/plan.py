@@ -62,7 +62,8 @@ class Plan:
 
   @property
   def fits(self) -> bool | None:
-    return None if self.memory is None else self.memory.needed <= self.capacity
+    """None: not known. What the compiler refused does not fit, whatever it said that it needs."""
+    return None if self.memory is None else self.hlo_text is not None and self.memory.needed <= self.capacity
 
   def roofline(self) -> Roofline:
     return Roofline(self.config, self.cost, self.topology, self.collectives or [], self.config.train.num_microbatches)
@@ -158,9 +159,11 @@ def _lower(config: Config, model: Any, mesh: Mesh) -> Any:
 
 
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> Memory:
-  """What the compiler said it needed: the first size it names. Any other of its errors is not ours to explain."""
+  """What the compiler said it needed: the total, or else the first size it names, which for a TPU leaves out what is
+  reserved. Any other of its errors is not ours to explain."""
   text = str(error)
-  said = re.search(r'([\d.]+)([KMGT])', text.partition('emory')[2])
+  size = r'([\d.]+)([KMGT])'
+  said = re.search(f'Total hbm usage >= {size}', text) or re.search(size, text.partition('emory')[2])
   if 'RESOURCE_EXHAUSTED' not in text or not said:
     raise error
   scale = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
