@@ -108,6 +108,6 @@ def _remedies(config: Config) -> list[str]:
   mesh, width = config.mesh, config.model.width
   rows = mesh.data * mesh.fsdp
   larger = [size for size in range(mesh.fsdp + 1, rows + 1) if rows % size == 0 == width % size]
-  remedies = [] if config.model.remat == 'block' else ['--config.model.remat=block']
+  remedies = ['--config.model.remat=iteration'] if config.model.remat == 'none' else []
   remedies += [f'--config.mesh.fsdp={larger[-1]} --config.mesh.data={rows // larger[-1]}'] if larger else []
   return [*remedies, '--config.mesh.tensor=2 or more', 'more chips with a larger fsdp axis', 'chips with more memory']
