@@ -42,7 +42,7 @@ def _memory(made: Plan) -> list[tuple[str, str]]:
   if made.memory is None:
     return [('memory', f'not known, nor whether it fits: there is no compiler for {made.topology.chip.name} here')]
   used, capacity = made.memory.needed, made.capacity
-  verdict = 'fits' if made.fits else f'does NOT fit, {(used - capacity) / GiB:.2f} GiB too much'
+  verdict = 'fits' if made.fits else f'does NOT fit, {max(used - capacity, 0) / GiB:.2f} GiB too much'
   parts = made.memory
   detail = (
     f' (arguments {parts.arguments / GiB:.2f}, temporaries {parts.temporaries / GiB:.2f}, program '
