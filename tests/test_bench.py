@@ -98,7 +98,7 @@ def test_depth_costs_bytes_between_devices_only_where_weights_are_gathered_again
   for line in lines[1:]:
     assert line['sent_devices'] == jax.device_count() and line['measured_temporary_bytes'] > 0
     n = line['n']
-    flops = counted.train(n, 2) + counted.recompute(2, config.loss_chunks) - counted.spared(n, 2)
+    flops = counted.computed(n, 2, config.loss_chunks)
     by_flops = B * T * flops / 1e12  # best_matmul is 1e12, too
     assert line['predicted_seconds'] >= by_flops * (1 - 1e-6)
   assert lines[1]['predicted_seconds'] < lines[2]['predicted_seconds']

@@ -54,6 +54,10 @@ class Cost:
     """What every iteration but the first with gradient does not compute, though `train` counts it."""
     return self.drive * (n + 3 * (k - 1))
 
+  def computed(self, n: float, k: float, loss_chunks: int) -> float:
+    """What a training step really computes."""
+    return self.train(n, k) + self.recompute(k, loss_chunks) - self.spared(n, k)
+
 
 def count(model: Model, seq_len: int) -> Cost:
   """The cost of `model`, from the shapes of its parameters; allocates nothing."""

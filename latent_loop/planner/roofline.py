@@ -59,7 +59,7 @@ class Roofline:
     return StepTime(
       n=n,
       k=k,
-      matmul=tokens * (cost.train(n, ran) + cost.recompute(ran, config.loss_chunks) - cost.spared(n, ran)) / peak,
+      matmul=tokens * cost.computed(n, ran, config.loss_chunks) / peak,
       memory=self._hbm_bytes(n, ran, tokens) / (self._topology.chip.hbm_bandwidth * chips),
       communication=self._communication(n),
       model_flops_per_device=tokens * (cost.train(n, k) - cost.spared(n, k)),  # or the ceiling would be above 100 %
