@@ -5,16 +5,21 @@ import signal
 import time
 
 
+class Stopped(BaseException):
+  """A signal came while nothing was there to lose."""
+
+
 class StopRequest:
   """Within the context, `requested()` tells whether a signal came, or time.monotonic() has passed `deadline`.
 
   A second Ctrl-C acts as usual. The other signals come from schedulers, which repeat them: they change nothing more.
+  at_once: from when it is set a signal raises Stopped.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
   def __init__(self, deadline: float = math.inf):
-    self._deadline, self._signaled = deadline, False
+    self._deadline, self._signaled, self.at_once = deadline, False, False
 
   def __enter__(self) -> 'StopRequest':
     self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
@@ -25,6 +30,8 @@ class StopRequest:
 
   def _receive(self, number: int, frame: object) -> None:
     self._signaled = True
+    if self.at_once:
+      raise Stopped
     if number == signal.SIGINT:
       signal.signal(number, self._previous[number])
 

@@ -15,7 +15,7 @@ from latent_loop.config import Config
 from latent_loop.data.pipeline import Batches
 from latent_loop.evals import depth as depth_eval
 from latent_loop.exit_codes import DONE, NON_FINITE, PREEMPTED
-from latent_loop.interrupt import StopRequest
+from latent_loop.interrupt import Stopped, StopRequest
 from latent_loop.kernels.choice import choose_attention
 from latent_loop.metrics import JsonLines, read_lines
 from latent_loop.model import Model, build
@@ -29,7 +29,7 @@ from latent_loop.step import TrainState, make_sharded_state, make_train_step
 from latent_loop.storage import Path
 from latent_loop.trust import alarms, diagnosis, guards, rollback
 from latent_loop.trust.rollback import Rollback, Trouble
-from latent_loop.trust.watchdog import Watchdog
+from latent_loop.trust.watchdog import SAVE_UNDER_WAY, Watchdog
 from latent_loop.workdir import open_workdir, update_config
 
 
@@ -99,6 +99,7 @@ def open_data(config: Config, mesh: Any, workdir: Path) -> tuple[data.Source, Ba
   rows, threads, together = source.rows('train'), config.data.read_threads, config.data.documents == 'together'
   batches = Batches(rows, config.seed, config.train.batch_size, mine, threads, changes, together)
   batches.rollbacks = rollback.read(workdir)
+  source.rows('validation')[0]  # raises BadInput where there is none, and not after the last step
   return source, batches, f'{source.fingerprint}/{batches.order_hash()}'
 
 
@@ -120,23 +121,23 @@ def run(
     if finished_before(this):
       return DONE
     key = jax.random.key(config.seed)
-    with attended(this, watch, group, profile_steps) as (logger, profiler), StopRequest(deadline) as stop:
-      if (code := make_up_for_an_evaluation(this, logger, watch)) is not None:
-        return code
-      while (step := this.start) < config.train.num_steps:
-        profiler.before(step)
-        watch.phase('data')
-        batch = this.batches.batch(step)
-        wait_secs = watch.phase('dispatch')
-        this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
-        watch.phase('device')
-        logger.take(step + 1, metrics, wait_secs)
-        watch.phase('peers')
-        if (code := after_step(this, step + 1, logger, watch, group.agree(stop.requested()))) is not None:
+    with StopRequest(deadline) as stop:
+      with attended(this, watch, group, profile_steps) as (logger, profiler):
+        if (code := make_up_for_an_evaluation(this, logger, watch)) is not None:
           return code
-    watch.phase('report')
-    finish(this)
-  return DONE
+        while (step := this.start) < config.train.num_steps:
+          profiler.before(step, this.state)
+          watch.phase('data')
+          batch = this.batches.batch(step)
+          wait_secs = watch.phase('dispatch')
+          this.state, metrics = this.train_step(this.state, trained.place(batch, this.mesh), key)
+          watch.phase('device')
+          logger.take(step + 1, metrics, wait_secs)
+          watch.phase('peers')
+          if (code := after_step(this, step + 1, logger, watch, group.agree(stop.requested()))) is not None:
+            return code
+      watch.phase('report')
+      return report(this, stop, group)
 
 
 @contextlib.contextmanager
@@ -145,9 +146,12 @@ def attended(this: Run, watch: Watchdog, group: Group | Alone, profile_steps: tu
   group.check(this.start, {'the config': fingerprint(this.config), 'the data': this.fingerprint})
   logger = Logger(this.config, this.model, this.workdir, this.batches, this.start, this.began, watch, group)
   profiler = Profiler(this.workdir, this.start, this.config.train.num_steps, profile_steps)
+  if this.start and jax.process_index() == 0:
+    for line in update_config(this.workdir, this.config):
+      say(f'changed since the run began: {line}')
   with this.checkpoints, logger, profiler:
     yield logger, profiler
-    watch.phase('close')
+    watch.phase(SAVE_UNDER_WAY)
 
 
 def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: bool) -> int | None:
@@ -165,9 +169,9 @@ def after_step(this: Run, step: int, logger: Logger, watch: Watchdog, stopping: 
     watch.phase('diagnosis')
     return end_or_go_back(this, why_it_ends(this, step, logger.failed, faults), logger, watch)
   if saving:
-    save(this, step)
+    save(this, step, watch)
   if stopping and not last:
-    this.checkpoints.wait()
+    wait_for_a_save(this, watch)
     say(f'stopped at step {step}, saved; start the same command again to continue')
     return PREEMPTED
   if step % this.config.eval.every_steps == 0 and not last:
@@ -211,6 +215,7 @@ def end_or_go_back(this: Run, trouble: Trouble, logger: Logger, watch: Watchdog)
     say(f'{trouble.sentence}{trouble.advice}')
     return NON_FINITE
   say(trouble.sentence)
+  wait_for_a_save(this, watch)
   watch.phase('roll back')
   step = this.checkpoints.go_back(trouble.first - 1)
   if step is None:
@@ -269,21 +274,24 @@ def finished_before(this: Run) -> bool:
   total = this.config.train.num_steps
   if this.start:
     say(f'{this.workdir}: continuing at step {this.start} of {total}')
-  files = ['depth_report.json', *(['samples.txt'] if this.config.eval.sample_tokens else [])]
-  done = this.start >= total and all((this.workdir / name).exists() for name in files)
+  done = this.start >= total and (this.workdir / 'depth_report.json').exists()  # which is written last
   if done:
     this.checkpoints.close()
     say(f'{this.workdir}: already finished; read depth_report.html there, or give another --workdir to train again')
-  elif this.start:
-    if jax.process_index() == 0:
-      for line in update_config(this.workdir, this.config):
-        say(f'changed since the run began: {line}')
   return done
 
 
-def save(this: Run, step: int) -> None:
+def save(this: Run, step: int, watch: Watchdog) -> None:
+  wait_for_a_save(this, watch)
+  watch.phase('save')
   meta = {'config': dataclasses.asdict(this.config), 'data_fingerprint': this.fingerprint}
   this.checkpoints.save(step, this.state, meta)
+
+
+def wait_for_a_save(this: Run, watch: Watchdog) -> None:
+  """Returns when no save is under way; raises SaveFailed when that one failed."""
+  watch.phase(SAVE_UNDER_WAY)
+  this.checkpoints.wait()
 
 
 def past_evaluations(workdir: Path, step: int) -> list[dict[str, Any]]:
@@ -303,6 +311,19 @@ def evaluate(this: Run, step: int) -> dict[str, Any]:
     evals.write(step, numbers)
     evals.close()
   return numbers
+
+
+def report(this: Run, stop: StopRequest, group: Group | Alone) -> int:
+  """Evaluates and writes once all steps are saved, or leaves it to another start when a signal comes; an exit code."""
+  try:
+    stop.at_once = jax.process_count() == 1  # of many, the others would wait in a collective
+    if group.agree(stop.requested()):
+      raise Stopped
+    finish(this)
+  except Stopped:
+    say('stopped ahead of the report, with all steps saved; start the same command again to write it')
+    return PREEMPTED
+  return DONE
 
 
 def finish(this: Run) -> None:

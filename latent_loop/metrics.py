@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latent_loop import storage
 from latent_loop.config import LogConfig
-from latent_loop.errors import BadInput, SaveFailed, StoreFault
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.storage import Path
 
 
@@ -59,27 +59,17 @@ class JsonLines:
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Raises SaveFailed, most often of a full disk."""
-    with self._full_disk_in_words():
+    with storage.full_disk_in_words(self._path):
       self._lines.add(json.dumps(finite({'step': step, **values})) + '\n')
 
   def sync(self) -> None:
     """Returns when every line so far is where others read it."""
-    with self._full_disk_in_words():
+    with storage.full_disk_in_words(self._path):
       self._lines.sync()
 
   def close(self) -> None:
-    with self._full_disk_in_words():
+    with storage.full_disk_in_words(self._path):
       self._lines.close()
-
-  @contextlib.contextmanager
-  def _full_disk_in_words(self) -> Iterator[None]:
-    try:
-      yield
-    except OSError as error:
-      raise SaveFailed(
-        f'{self._path}: cannot be written ({error}); make room, or repair the disk or the '
-        'connection, then start the same command again'
-      ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -116,11 +106,12 @@ def _unreadable_in_words(path: Path) -> Iterator[None]:
 class TensorBoard:
   """Numbers as TensorBoard scalars, through tensorboardX (no TensorFlow)."""
 
-  def __init__(self, workdir: Path):
+  def __init__(self, workdir: Path, resume_step: int):
     storage.local_only(workdir, 'config.log.tensorboard')
     import tensorboardX  # only when asked for
 
-    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+    folder = str(workdir / 'tensorboard')
+    self._writer = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)  # later steps are done again
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
@@ -163,7 +154,7 @@ def make_writers(cfg: LogConfig, workdir: Path, resume_step: int) -> list:
   """The writers that `cfg` asks for; each has write(step, values), sync() and close()."""
   writers: list = [JsonLines(workdir / 'metrics.jsonl', resume_step)]
   if cfg.tensorboard:
-    writers.append(TensorBoard(workdir))
+    writers.append(TensorBoard(workdir, resume_step))
   if cfg.wandb_project:
     writers.append(WeightsAndBiases(workdir, cfg.wandb_project))
   return writers

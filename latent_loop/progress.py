@@ -46,8 +46,10 @@ class Profiler:
   def __enter__(self) -> 'Profiler':
     return self
 
-  def before(self, step: int) -> None:
-    """Starts or stops the trace ahead of `step`."""
+  def before(self, step: int, state: Any) -> None:
+    """Starts or stops the trace ahead of `step`, once `state`, what the step before it makes, is there."""
+    if self._steps and step in self._steps:
+      jax.block_until_ready(state)
     if self._steps and step == self._steps[0] and not self._tracing:  # a run may roll back to it
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # it walks the stacks of threads that may be ending: a trace killed a test so

@@ -156,13 +156,13 @@ def fingerprint(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
   """Dotted path -> (old, new) for every value that differs."""
-
-  def flat(values, prefix):
-    for key, value in values.items():
-      if isinstance(value, dict):
-        yield from flat(value, f'{prefix}{key}.')
-      else:
-        yield f'{prefix}{key}', value
-
-  a, b = dict(flat(dataclasses.asdict(old), '')), dict(flat(dataclasses.asdict(new), ''))
+  a, b = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
   return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+
+
+def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Dotted path -> value, of a nested dict."""
+  found = {}
+  for key, value in values.items():
+    found |= flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
+  return found

@@ -34,7 +34,9 @@ def begin(config: Config, workdir: Path, source: Path | None) -> None:
   source: None where the flag is not given. Raises BadInput, before anything is written, for what does not fit.
   """
   folder = Folder(workdir)
-  if folder.steps() or folder.list_set_aside():
+  with folder.fault_in_words():
+    begun = folder.steps() or folder.list_set_aside()
+  if begun:
     if source is not None:
       say(f'{workdir}: has checkpoints and goes on from them; --init_from={source} is read when a run begins')
     return
@@ -55,8 +57,9 @@ def _make(config: Config, workdir: Path, source: Path) -> None:
   state = trained.first_state(config, params, mesh)
   open_workdir(workdir, config)
   if jax.process_index() == 0:
-    Folder(workdir).clean_up()  # a step 0 that a kill left without its manifest
-    storage.write(workdir / RECORD, json.dumps({'source': str(source), **origin}, indent=2) + '\n')
+    with storage.full_disk_in_words(workdir / RECORD):
+      Folder(workdir).clean_up()  # a step 0 that a kill left without its manifest
+      storage.write(workdir / RECORD, json.dumps({'source': str(source), **origin}, indent=2) + '\n')
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': data_fingerprint})
   say(f'{workdir}: begins with the parameters of {source}, step {origin["step"]}')

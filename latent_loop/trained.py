@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from latent_loop import data
+from latent_loop import data, storage
 from latent_loop.batch import Batch
 from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config, MeshConfig
@@ -163,7 +163,7 @@ def engine_of(trained: Trained, cache: str = 'full', **options: Any) -> Engine:
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
   """samples.txt: the same prompts at depth 1, the mean and twice the mean, at temperature 0.7.
 
-  Every process has to call it; the first one writes.
+  Every process has to call it; the first one writes. Raises SaveFailed.
   """
   config, parts = trained.config, []
   options = {'max_new_tokens': config.eval.sample_tokens, 'temperature': 0.7, 'seed': config.seed}
@@ -177,5 +177,6 @@ def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:
     parts.append(f'--- depth {depth} --- {json.dumps(prompt)}\n{prompt}{text_of(tokenizer, answer)[0]}\n')
   path = workdir / 'samples.txt'
   if jax.process_index() == 0:
-    path.write_text('\n'.join(parts))
+    with storage.full_disk_in_words(path):
+      storage.write(path, '\n'.join(parts))
   return path

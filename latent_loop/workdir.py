@@ -70,10 +70,11 @@ def check_owner(workdir: Path, config: Config, safe: tuple[str, ...] = SAFE) -> 
 def update_config(workdir: Path, config: Config) -> list[str]:
   """Writes the safe changes of a run that goes on; returns them, and changed versions, as lines to show.
 
-  versions.json stays as it was: the versions that the run began with.
+  versions.json stays as it was: the versions that the run began with. Raises SaveFailed.
   """
   lines = [f'{key} was {a!r}, is now {b!r}' for key, (a, b) in differences(read_config(workdir), config).items()]
-  storage.write(workdir / 'config.json', to_json(config))
+  with storage.full_disk_in_words(workdir / 'config.json'):
+    storage.write(workdir / 'config.json', to_json(config))
   then, now = _packages_then(workdir / 'versions.json'), versions(config)['packages']
   return lines + [f'{name} was {v}, is now {now[name]}' for name, v in then.items() if now.setdefault(name, v) != v]
 

@@ -140,18 +140,11 @@ def _facts(config, workdir) -> dict[str, str]:
   """What must be equal on all processes: the config key by key, the code, the packages, the folder."""
   from latent_loop import sealing
 
-  def flat(values, prefix):
-    for key, value in values.items():
-      if isinstance(value, dict):
-        yield from flat(value, f'{prefix}.{key}')
-      else:
-        yield f'{prefix}.{key}', repr(value)
-
   code = hashlib.sha256()
   for path in sorted(Path(sealing.__file__).parent.rglob('*.py')):
     code.update(path.read_bytes())
   return {
-    **dict(flat(dataclasses.asdict(config), 'config')),
+    **{key: repr(value) for key, value in sealing.flat(dataclasses.asdict(config), 'config.').items()},
     '--workdir': str(workdir),
     'code in latent_loop/': code.hexdigest()[:12],
     'python': platform.python_version(),

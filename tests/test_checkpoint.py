@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from latent_loop import loop
 from latent_loop.chaos import corrupt
-from latent_loop.checkpoint import Checkpoints, content, inspect, manifest
+from latent_loop.checkpoint import Checkpoints, content, folder, inspect, manifest
 from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.sealing import to_json
@@ -225,6 +226,57 @@ def test_a_save_that_was_killed_is_no_evidence_of_a_checkpoint(tmp_path):
   (steps / '2.orbax-checkpoint-tmp').mkdir()
   (steps / '2.unfinished').touch()
   assert newest(tmp_path) is None and names_of(steps) == set()
+
+
+def test_two_processes_do_not_train_in_one_folder(copy, monkeypatch):
+  """One that is about to end is waited for; readers are not kept out."""
+  state, specs = state_at(0)
+  with Checkpoints(copy, KEEP_ALL) as first:
+    first.restore_newest(shapes_of(state), specs, 'abc')
+    assert newest(copy, read_only=True)[0] == 3
+    monkeypatch.setattr(folder, 'PATIENCE_SECS', 0.3)
+    with pytest.raises(BadInput, match='another process trains here'):
+      newest(copy)
+    monkeypatch.setattr(folder, 'PATIENCE_SECS', 60.0)
+    ends = threading.Timer(0.3, first.close)
+    ends.start()
+    assert newest(copy)[0] == 3
+    ends.join()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(copy):
+  (copy / 'metrics.jsonl').touch()
+  (copy / 'checkpoints').rename(copy / 'elsewhere')
+  for make in (lambda: None, lambda: (copy / 'checkpoints').symlink_to(copy / 'not mounted')):
+    make()
+    with pytest.raises(BadInput, match='checkpoints: not there, where metrics.jsonl tells of a run'):
+      newest(copy)
+  (copy / 'checkpoints').unlink()
+  (copy / 'elsewhere').rename(copy / 'checkpoints')
+  assert newest(copy)[0] == 3
+
+
+def test_a_reader_survives_that_the_run_deletes_what_it_looks_at(copy, monkeypatch, capsys):
+  hash_of, steps = manifest._hash, copy / 'checkpoints'
+
+  def slowly(path):
+    shutil.rmtree(steps / '3', ignore_errors=True)
+    return hash_of(path)
+
+  monkeypatch.setattr(manifest, '_hash', slowly)
+  assert newest(copy, read_only=True)[0] == 2 and 'is missing; left where it is' in capsys.readouterr().err
+
+
+def test_differences_of_a_run_without_a_finished_save_are_a_sentence(copy):
+  for step in '123':
+    shutil.rmtree(copy / 'checkpoints' / step)
+  (copy / 'checkpoints/4.unfinished').touch()
+  with pytest.raises(BadInput, match='no save there is finished'):
+    list(inspect.differences((copy, None), (copy, None)))
+  (copy / 'checkpoints/4.unfinished').unlink()
+  (copy / 'checkpoints/set_aside').mkdir()
+  (copy / 'checkpoints/set_aside/3-0').mkdir()
+  assert inspect.table(copy)[1:] == [f'set aside: {copy}/checkpoints/set_aside/3-0']
 
 
 def test_a_restored_step_that_was_set_aside_can_be_saved_and_lost_again(copy):

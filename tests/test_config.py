@@ -46,6 +46,7 @@ def test_view_and_seal_are_inverse():
     ('train.loss_chunk', 100, 'does not divide config.data.seq_len'),
     ('mesh.fsdp', 0, 'config.mesh'),
     ('data.weight_changes', [[0.5, 1]], 'the number of config.data.paths is 0'),
+    ('guard.max_skips_in_row', 2**40, 'config.guard.max_skips_in_row=1099511627776'),
     ('seed', -1, 'config.seed=-1'),
   ],
 )

@@ -1,6 +1,7 @@
 """FLOPs by formula against the matrix products of the program itself, counted in its jaxpr."""
 
 import math
+import types
 
 import jax
 import numpy as np
@@ -114,3 +115,12 @@ def test_peak_is_known_for_known_devices_only():
   assert chips.chip_of('NVIDIA H100 80GB HBM3').flops == 989e12
   assert chips.chip_of('TPU v5 lite').name == 'v5e' and chips.chip_of('TPU v5').name == 'v5p'
   assert chips.chip_of('cpu') is None
+
+
+def test_devices_that_are_one_chip_count_once():
+  at = lambda kind, platform, **more: types.SimpleNamespace(device_kind=kind, platform=platform, **more)
+  cores = [at('TPU v4', 'tpu', slice_index=i, coords=[x, 0, 0]) for i in (0, 1) for x in (0, 1) for _ in 'ab']
+  assert chips.count_chips(cores) == 4 and chips.peak_flops(cores) == 4 * 275e12
+  assert chips.peak_flops([at('AMD Instinct MI250X', 'gpu', coords=[i]) for i in range(8)]) == 4 * 383e12
+  # Processes of one machine may each count from 0.
+  assert chips.peak_flops([at('NVIDIA H200', 'gpu', slice_index=0, coords=[0]) for _ in range(8)]) == 8 * 989e12

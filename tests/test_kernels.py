@@ -32,17 +32,21 @@ def test_splash_is_plain_attention_with_documents_and_in_reverse():
 
 
 @pytest.mark.parametrize(
-  'dtype, length, platform, want',
+  'dtype, length, head_dim, platform, want',
   [
-    ('float32', 256, 'cpu', 'xla'),
-    ('bfloat16', 256, 'gpu', 'cudnn'),
-    ('float32', 256, 'gpu', 'xla'),
-    ('bfloat16', 256, 'tpu', 'splash'),
-    ('bfloat16', 250, 'tpu', 'xla'),
+    ('float32', 256, 64, 'cpu', 'xla'),
+    ('bfloat16', 256, 64, 'gpu', 'cudnn'),
+    ('float32', 256, 64, 'gpu', 'xla'),
+    ('bfloat16', 255, 64, 'gpu', 'xla'),
+    ('bfloat16', 256, 12, 'gpu', 'xla'),
+    ('bfloat16', 256, 160, 'gpu', 'xla'),
+    ('bfloat16', 256, 12, 'tpu', 'splash'),
+    ('bfloat16', 250, 12, 'tpu', 'xla'),
   ],
 )
-def test_auto_is_what_the_platform_has(dtype, length, platform, want):
-  assert choose_attention(tiny_config(**{'model.compute_dtype': dtype}).model, length, platform) == want
+def test_auto_is_what_the_platform_has(dtype, length, head_dim, platform, want):
+  model = tiny_config(**{'model.compute_dtype': dtype, 'model.num_heads': 2, 'model.width': 2 * head_dim}).model
+  assert choose_attention(model, length, platform) == want
 
 
 @pytest.mark.parametrize('kind, platform', [('cudnn', 'cpu'), ('splash', 'gpu'), ('cudnn', 'tpu')])

@@ -81,7 +81,7 @@ def test_without_folders_for_splits_the_last_rows_are_held_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_steps_of_training_without_preparation(folder, tmp_path):
+def test_two_steps_of_training_without_preparation(folder, tmp_path, capsys):
   config = config_of(folder, folder / 'train' / '0001.parquet', weights=(0.75, 0.25))
   few = {'num_batches': 1, 'every_steps': 2}
   config = dataclasses.replace(
@@ -94,6 +94,7 @@ def test_two_steps_of_training_without_preparation(folder, tmp_path):
   steps = read_lines(tmp_path / 'run' / 'metrics.jsonl')
   assert [step['step'] for step in steps] == [1, 2] and all(np.isfinite(step['loss']) for step in steps)
   assert not (tmp_path / 'run' / 'samples.txt').exists(), 'ids without a tokenizer are no text'
+  assert loop.run(config, tmp_path / 'run') == exit_codes.DONE and 'already finished' in capsys.readouterr().out
   assert audit.audit(config, [1, 2, 4], 2, tmp_path / 'run', lambda line: None) == []
   with pytest.raises(BadInput, match='config.data.tokenizer=.*give the path'):
     data.make_tokenizer(config.data)

@@ -14,8 +14,9 @@ import jax
 import pytest
 
 from latent_loop import benchmark, benchmark_ways, exit_codes, loop, metrics, trained, workdir
+from latent_loop.checkpoint import Checkpoints
 from latent_loop.config import Config
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, SaveFailed
 from latent_loop.inference.speculate import Draft
 from latent_loop.inference.wavefront import Wavefront
 from latent_loop.model import depth
@@ -244,6 +245,48 @@ def test_loading_leaves_a_save_under_way_alone(copy):
 def test_a_profile_outside_the_run_is_refused(tmp_path):
   with pytest.raises(BadInput, match='--profile_steps=2:9 lies outside the steps to do, 0:4'):
     loop.run(tiny_run(), tmp_path / 'run', profile_steps=(2, 9))
+
+
+def test_a_start_that_is_refused_changes_no_config(copy):
+  with pytest.raises(BadInput, match='--profile_steps=1:2 lies outside the steps to do, 4:4'):
+    (copy / 'depth_report.json').unlink()
+    loop.run(tiny_run(**{'log.every_steps': 2}), copy, profile_steps=(1, 2))
+  assert workdir.read_config(copy) == tiny_run()
+
+
+def test_a_full_disk_at_a_start_is_a_failed_save(copy):
+  (copy / 'depth_report.json').unlink()
+  (copy / 'config.json.tmp').mkdir()
+  with pytest.raises(SaveFailed, match='config.json: cannot be written'):
+    loop.run(tiny_run(**{'log.every_steps': 2}), copy)
+  (copy / 'config.json.tmp').rmdir()
+  (copy / 'samples.txt.tmp').mkdir()
+  with pytest.raises(SaveFailed, match='samples.txt: cannot be written'):
+    loop.run(tiny_run(**{'log.every_steps': 2}), copy)
+
+
+@pytest.mark.parametrize('place', ['close', 'finish'])
+def test_a_signal_behind_the_last_step_is_no_loss(copy, monkeypatch, capsys, place):
+  """While the last save is waited for, and in the report."""
+  (copy / 'depth_report.json').unlink()
+  at = {'close': Checkpoints, 'finish': loop}[place]
+  original = getattr(at, place)
+
+  def signaled(this):
+    signal.raise_signal(signal.SIGTERM)
+    original(this)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(at, place, signaled)
+    assert loop.run(tiny_run(), copy) == exit_codes.PREEMPTED
+  assert 'with all steps saved' in capsys.readouterr().out and not (copy / 'depth_report.json').exists()
+  assert loop.run(tiny_run(), copy) == exit_codes.DONE and (copy / 'depth_report.json').exists()
+
+
+def test_what_has_no_validation_is_refused_ahead_of_the_first_step(tmp_path):
+  with pytest.raises(BadInput, match='has no validation instance'):
+    loop.run(tiny_run(**{'data.max_difficulty': 1, 'data.validation_fraction': 1e-9}), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('text', ['[]', 'null', '{}', '{"seed": ', '\x00'])

@@ -113,6 +113,19 @@ def test_compiling_and_the_first_evaluation_may_take_long():
   assert watched.ended == []
 
 
+def test_how_long_a_wait_for_a_save_took_says_nothing_of_the_next():
+  """The first one is over at once: no save is under way."""
+  watched = trained(startup_secs=1000.0, patience_secs=20.0, patience_factor=10.0)
+  for _ in range(2):
+    watched.dog.phase(watchdog.SAVE_UNDER_WAY)
+    watched.dog.phase('save')
+  watched.dog.phase(watchdog.SAVE_UNDER_WAY)
+  watched.silence(1000)
+  assert watched.ended == []
+  watched.silence(1)
+  assert watched.ended == [HANG]
+
+
 def test_a_process_that_was_stopped_as_a_whole_does_not_bark():
   """Ctrl-Z, a sleeping laptop: the clock has jumped, but the watchdog has not had its turns."""
   watched = trained(patience_secs=20.0)

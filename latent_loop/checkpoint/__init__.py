@@ -29,7 +29,7 @@ FAULTS = (ocp.errors.InvalidLayoutError, OSError, KeyError, ValueError, RuntimeE
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. Close it: a save may still be under way.
+  """The checkpoints of one workdir. Close it: a save may still be under way, and it keeps other processes from here.
 
   read_only: another process may be writing here, so leave everything as it is.
   """
@@ -92,8 +92,6 @@ class Checkpoints:
     ones only, and when `restore` does.
     """
     skipped: list[int] = []
-    if jax.process_index() == 0 and not self._read_only:
-      self.folder.clean_up()
     while True:
       step = self._newest_good(skipped)
       if step is None:
@@ -142,17 +140,19 @@ class Checkpoints:
     if jax.process_index() == 0:
       found = {'step': None, 'refused': None}
       try:
-        for step in reversed([s for s in self.folder.steps() if s not in skipped]):
-          try:
-            manifest.check_files(self.folder / step, manifest.read(self.folder / step, step))
-            found['step'] = step
-            break
-          except Damaged as error:
-            self._skip(step, error, skipped)
-      except OSError as error:
-        found['refused'] = (
-          f'{self.folder.path}: cannot be read ({manifest.short(error)}); repair the disk, its rights or the connection'
-        )
+        with self.folder.fault_in_words():
+          if not self._read_only:
+            self.folder.claim()
+            self.folder.clean_up()
+          for step in reversed([s for s in self.folder.steps() if s not in skipped]):
+            try:
+              manifest.check_files(self.folder / step, manifest.read(self.folder / step, step))
+              found['step'] = step
+              break
+            except Damaged as error:
+              self._skip(step, error, skipped)
+      except BadInput as error:
+        found['refused'] = str(error)
       if found['step'] is None and not found['refused'] and (skipped or self.folder.list_set_aside()):
         found['refused'] = (
           f'{self.folder.path}: no checkpoint there is good, and a run is never started over; repair one of those in '
@@ -160,6 +160,7 @@ class Checkpoints:
         )
     found = _from_process_0(found)
     if found['refused']:
+      self.folder.release()
       raise BadInput(found['refused'])
     return found['step']
 
@@ -216,6 +217,7 @@ class Checkpoints:
       self.wait()
     finally:
       self._worker.shutdown()
+      self.folder.release()
 
   def __enter__(self) -> 'Checkpoints':
     return self

@@ -2,10 +2,16 @@
 
 STEP/ is a step. STEP.unfinished stands beside it from before its save starts until its manifest is written, so that
 a save that was killed is known from a step that lost its manifest. set_aside/ holds the damaged ones, as STEP-0, STEP-1
-...; STEP.aside-0 stands beside one on its way there: in an object store that is no single act.
+...; STEP.aside-0 stands beside one on its way there: in an object store that is no single act. The process that trains
+holds the file `lock` beside the folder.
 """
 
+import contextlib
+import fcntl
 import re
+import time
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
@@ -15,6 +21,8 @@ from latent_loop.config import CheckpointConfig
 from latent_loop.errors import BadInput
 
 _MARK, _ORBAX, _ASIDE = '.unfinished', '.orbax-checkpoint-tmp', 'set_aside'
+_LOCK = 'lock'
+PATIENCE_SECS = 30.0  # so long a process that was told to end may take to do so
 _LEAVING = re.compile(r'(\d+)\.aside-(\d+)')
 
 
@@ -26,6 +34,53 @@ class Folder:
     self.set_aside_path = self.path / _ASIDE
     if storage.is_local(self.path) and self.path.is_file():
       raise BadInput(f'{self.path}: a file, where the folder of the checkpoints belongs; move it away')
+    self._lock: IO | None = None
+
+  def claim(self) -> None:
+    """Makes the folder and keeps other processes from it, as far as its disk has locks; an object store has none.
+
+    Raises BadInput when another process has it, and when it is gone: metrics.jsonl is younger than the folder.
+    """
+    with self.fault_in_words():
+      if storage.is_local(self.path) and not self.path.is_dir() and (self.path.parent / 'metrics.jsonl').exists():
+        raise BadInput(
+          f'{self.path}: not there, where metrics.jsonl tells of a run, which is never started over; bring it back (a '
+          'link may point to a disk that is not mounted), or give another --workdir'
+        )
+      self.path.mkdir(parents=True, exist_ok=True)
+      if self._lock is None and storage.is_local(self.path):
+        self._lock = open(self.path.parent / _LOCK, 'a')
+        self._wait_for_lock(time.monotonic() + PATIENCE_SECS)
+
+  def _wait_for_lock(self, deadline: float) -> None:
+    while True:
+      try:
+        return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if time.monotonic() >= deadline:
+          self.release()
+          raise BadInput(
+            f"{self.path.parent}: another process trains here, and two would spoil each other's saves; end that one, "
+            'or give another --workdir'
+          ) from None
+        time.sleep(0.1)
+      except OSError:
+        return  # a disk of the network without locks
+
+  def release(self) -> None:
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+  @contextlib.contextmanager
+  def fault_in_words(self) -> Iterator[None]:
+    """Raises BadInput for what the disk or the store refuses."""
+    try:
+      yield
+    except OSError as error:
+      raise BadInput(
+        f'{self.path}: cannot be used ({manifest.short(error)}); repair the disk, its rights or the connection'
+      ) from error
 
   def __truediv__(self, step: int | str) -> epath.Path:
     return self.path / str(step)

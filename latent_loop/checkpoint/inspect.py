@@ -13,6 +13,7 @@ from latent_loop.checkpoint.folder import Folder
 from latent_loop.checkpoint.manifest import Damaged, Manifest
 from latent_loop.errors import BadInput
 from latent_loop.parallel.sharding import path_of
+from latent_loop.sealing import flat
 from latent_loop.storage import Path
 
 
@@ -53,6 +54,8 @@ def differences(a: tuple[Path, int | None], b: tuple[Path, int | None]) -> Itera
   folders, found = [], []
   for workdir, step in (a, b):
     folder = _folder(workdir)
+    if step is None and not folder.steps():
+      raise BadInput(f'{folder.path}: no save there is finished; wait for one, or give another --workdir')
     step = step if step is not None else max(folder.steps())
     try:
       found.append(_whole(folder / step, step))
@@ -60,7 +63,7 @@ def differences(a: tuple[Path, int | None], b: tuple[Path, int | None]) -> Itera
       raise BadInput(f'{folder / step}: damaged: {error}; take another step') from error
     folders.append(folder / step)
   yield f'a is {folders[0]}, b is {folders[1]}'
-  for name, (x, y) in _unequal(*(dict(_flat(one.about)) for one in found)):
+  for name, (x, y) in _unequal(*(flat(one.about) for one in found)):
     yield f'{name}: {x!r} in a, {y!r} in b'
   changed = []
   for name, (x, y) in _unequal(*(one.arrays for one in found)):
@@ -79,7 +82,9 @@ def differences(a: tuple[Path, int | None], b: tuple[Path, int | None]) -> Itera
 
 def _folder(workdir: Path) -> Folder:
   folder = Folder(workdir)
-  if not folder.steps() and not folder.unfinished():
+  with folder.fault_in_words():
+    there = folder.steps() or folder.unfinished() or folder.list_set_aside()
+  if not there:
     raise BadInput(f'{folder.path}: no checkpoint there; give the --workdir of a training run that has saved')
   return folder
 
@@ -109,14 +114,6 @@ def _load(path: epath.Path, names: set[str]) -> dict[str, jax.Array]:
   if loaded.keys() != names:
     raise Damaged(f'array {sorted(names - loaded.keys())[0]} is missing')
   return loaded
-
-
-def _flat(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for key, value in values.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}', value
 
 
 def _unequal(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

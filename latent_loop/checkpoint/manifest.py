@@ -61,11 +61,12 @@ def encode(body: dict[str, Any]) -> bytes:
 def read(folder: epath.Path, step: int) -> Manifest:
   """The manifest of the step in `folder`; raises Damaged when it is absent, altered, or of another step."""
   path = folder / NAME
-  if not path.exists():
-    raise Damaged(f'no {NAME}')
-  if storage.is_longer(path, _LARGEST_MANIFEST):
-    raise Damaged(f'{NAME} has over {_LARGEST_MANIFEST} bytes, more than any manifest')
-  first, _, rest = path.read_bytes().partition(b'\n')
+  try:
+    if storage.is_longer(path, _LARGEST_MANIFEST):
+      raise Damaged(f'{NAME} has over {_LARGEST_MANIFEST} bytes, more than any manifest')
+    first, _, rest = path.read_bytes().partition(b'\n')
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise Damaged(f'no {NAME}') from error
   line = rest.removesuffix(b'\n')
   seal = json.dumps({'sha256': hashlib.sha256(line).hexdigest()}).encode()
   if first != seal or rest == line:
@@ -105,7 +106,7 @@ def check_sizes(folder: epath.Path, manifest: Manifest) -> None:
 
 def _check_size(folder: epath.Path, name: str, size: int) -> None:
   try:
-    if storage.is_longer(folder / name, size) or (size and not storage.is_longer(folder / name, size - 1)):
+    if not storage.has_size(folder / name, size):
       raise Damaged(f'{name} does not have the {size} bytes that were saved')
   except FileNotFoundError as error:
     raise Damaged(f'{name} is missing') from error
@@ -115,8 +116,10 @@ def check_files(folder: epath.Path, manifest: Manifest) -> None:
   """Raises Damaged, naming the first file that is absent, truncated or altered. Extra files do no harm."""
   check_sizes(folder, manifest)
   with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-    found = pool.map(lambda name: _hash(folder / name), manifest.files)
+    found = pool.map(lambda name: _hash_if_there(folder / name), manifest.files)
     for (name, wanted), got in zip(manifest.files.items(), found, strict=True):
+      if got is None:  # deleted since: a reader may look while the run deletes old steps
+        raise Damaged(f'{name} is missing')
       if got != wanted:
         raise Damaged(f'{name} is altered: its bytes do not have the hash of what was saved')
 
@@ -137,6 +140,13 @@ def _hash(path: epath.Path) -> list:
       digest.update(chunk)
       size += len(chunk)
   return [size, digest.hexdigest()]
+
+
+def _hash_if_there(path: epath.Path) -> list | None:
+  try:
+    return _hash(path)
+  except FileNotFoundError:
+    return None
 
 
 def unreadable(folder: epath.Path, error: Exception) -> Exception:

@@ -223,7 +223,7 @@ class GuardConfig:
   """What stops a run, or warns, before it is lost."""
 
   max_skips_in_row: int = 3  # updates skipped for a loss or gradient that is not finite, then exit code 11
-  startup_secs: float = 3600.0  # how long the first steps, the first save and so on may take, compiling included
+  startup_secs: float = 3600.0  # how long the first steps, any save and so on may take, compiling included
   patience_secs: float = 180.0  # later: how long nothing may move, at least; then stacks, and exit code 12
   patience_factor: float = 10.0  # ... and at least this times what the depth of the step explains
   slow_factor: float = 3.0  # a step above this times what its depth explains is reported
@@ -239,7 +239,8 @@ class GuardConfig:
   rollback: int = 0  # instead of exit code 11: so often return to the last good step, skipping the batches since
 
   def __post_init__(self):
-    for name in ('max_skips_in_row', 'cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
+    check_counts('guard', vars(self), ('max_skips_in_row',), 1)
+    for name in ('cross_check_steps', 'patience_factor', 'slow_factor', 'alarm_patience'):
       value = vars(self)[name]
       require(value >= 1, f'config.guard.{name}={value} is below 1; give 1 or more')
     require(self.rollback >= 0, f'config.guard.rollback={self.rollback} is below 0; 0 = off')

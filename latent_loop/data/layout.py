@@ -4,7 +4,7 @@ A span [start, stop) lies within one document; a row of T + 1 tokens is a list o
 a target, so a document that goes on does so with that token, and every token of it but the first is a target once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -56,7 +56,7 @@ class BestFit:
     return [(a, b) for a, b in self._spans[self._rows[row] : self._rows[row + 1]].tolist()]
 
 
-LAYOUTS = {'concat': Concatenated, 'best_fit': BestFit}
+LAYOUTS: dict[str, Callable[[Stream, int], Layout]] = {'concat': Concatenated, 'best_fit': BestFit}
 
 
 def _groups(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:

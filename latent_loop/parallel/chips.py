@@ -19,6 +19,7 @@ class Chip:
   hbm_bytes: int
   hbm_bandwidth: float
   link_bandwidth: float
+  devices: int = 1  # of JAX, that are one chip where their coordinates do not tell
 
 
 CHIPS = (
@@ -30,7 +31,7 @@ CHIPS = (
   Chip('a100', ('NVIDIA A100',), 312e12, 80 * GiB, 2.04e12, 300e9),
   Chip('h100', ('NVIDIA H100',), 989e12, 80 * GiB, 3.35e12, 450e9),
   Chip('h200', ('NVIDIA H200',), 989e12, 141 * GiB, 4.8e12, 450e9),
-  Chip('mi250x', ('AMD Instinct MI250X',), 383e12, 128 * GiB, 3.28e12, 250e9),
+  Chip('mi250x', ('AMD Instinct MI250X',), 383e12, 128 * GiB, 3.28e12, 250e9, devices=2),
 )
 
 
@@ -41,9 +42,11 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def count_chips(devices: list) -> int:
-  """Chips behind `devices`: TPU cores at the same place of the same slice share one."""
-  places = {(getattr(d, 'slice_index', 0), tuple(d.coords)) if hasattr(d, 'coords') else d.id for d in devices}
-  return len(places)
+  """Chips behind `devices`, all of a kind: TPU cores at the same place of the same slice share one."""
+  if devices[0].platform == 'tpu':
+    return len({(getattr(d, 'slice_index', 0), tuple(d.coords)) for d in devices})
+  chip = chip_of(devices[0].device_kind)
+  return -(-len(devices) // chip.devices) if chip else len(devices)
 
 
 def peak_flops(devices: list) -> float | None:

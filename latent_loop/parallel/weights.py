@@ -73,9 +73,8 @@ class Gathering:
     return self._gather_parts(shards, ['core'], s_BTD)
 
   def reduce(self, grads: dict[str, Any]) -> dict[str, Any]:
-    """The sum over all devices, in shards, of the gradients that each has for its rows; in float32.
-
-    Over fsdp first, so that the axes between pods and slices carry one shard per device.
+    """The sum over all devices, in shards, of the gradients that each has for its rows; in float32, but over fsdp as
+    weights travel, in all modes but gather_once. Over fsdp first: between pods and slices goes one shard per device.
     """
     return jax.tree.map(self._reduce, grads, self.specs)
 

@@ -25,12 +25,13 @@ _DEEPEST_BIN = 256  # takes what is deeper, too
 
 
 def write(workdir: Path, name: str, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> list[Path]:
-  """Writes depth_report.{html,png,json} and returns their paths."""
+  """Writes depth_report.{html,png,json} and returns their paths; raises SaveFailed."""
   png = canvas.png_of(_draw(numbers, curve))
   paths = [workdir / f'depth_report.{suffix}' for suffix in ('html', 'png', 'json')]
-  paths[0].write_text(_page(name, numbers, png))
-  paths[1].write_bytes(png)
-  storage.write(paths[2], json.dumps(finite(numbers), indent=2) + '\n')  # last: it says that a run is finished
+  contents = _page(name, numbers, png), png, json.dumps(finite(numbers), indent=2) + '\n'
+  for path, content in zip(paths, contents, strict=True):  # the JSON last: it says that a run is finished
+    with storage.full_disk_in_words(path):
+      storage.write(path, content)
   return paths
 
 

@@ -10,10 +10,11 @@ import pathlib
 import re
 import time
 import types
+from collections.abc import Iterator
 
 from etils import epath
 
-from latent_loop.errors import BadInput, StoreFault
+from latent_loop.errors import BadInput, SaveFailed, StoreFault
 
 Path = pathlib.Path | epath.Path  # what a workdir is
 TEMPORARY = '.tmp'  # what stands behind the name of a local file that is being written
@@ -74,6 +75,18 @@ def write(place: Path, content: str | bytes) -> None:
   os.replace(temporary, place)
 
 
+@contextlib.contextmanager
+def full_disk_in_words(place: Path) -> Iterator[None]:
+  """Raises SaveFailed where what is done with the file `place` raises OSError, most often of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    raise SaveFailed(
+      f'{place}: cannot be written ({error}); make room, or repair the disk or the connection, then start the same '
+      'command again'
+    ) from error
+
+
 def move(folder: Path, target: Path) -> None:
   """Moves a folder to a name that is free. A process killed meanwhile has moved a part: move it again."""
   target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +126,7 @@ def is_longer(place: Path, num_bytes: int) -> bool:
 
 def has_size(place: Path, num_bytes: int) -> bool:
   """Whether a file has that many bytes, without reading it; raises FileNotFoundError."""
-  return not is_longer(place, num_bytes) and is_longer(place, num_bytes - 1)
+  return not is_longer(place, num_bytes) and (num_bytes == 0 or is_longer(place, num_bytes - 1))
 
 
 def _objects() -> types.ModuleType:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from latent_loop import storage
-from latent_loop.errors import BadInput, SaveFailed
+from latent_loop.errors import BadInput
 from latent_loop.storage import Path
 
 NAME = 'rollbacks.json'
@@ -67,10 +67,5 @@ def read(workdir: Path) -> tuple[Rollback, ...]:
 
 def write(workdir: Path, rollbacks: Sequence[Rollback]) -> None:
   path = workdir / NAME
-  try:
+  with storage.full_disk_in_words(path):
     storage.write(path, json.dumps([dataclasses.asdict(back) for back in rollbacks], indent=2) + '\n')
-  except OSError as error:
-    raise SaveFailed(
-      f'{path}: cannot be written ({error}); make room, or repair the disk or the connection, then start the same '
-      'command again'
-    ) from error

@@ -16,6 +16,7 @@ from latent_loop.exit_codes import HANG
 
 TURN_SECS = 1.0
 STEP = ('data', 'dispatch', 'device', 'peers')  # phases of a step; any other is waited for by itself
+SAVE_UNDER_WAY = 'wait for a save'  # how long that takes says when the save began, and not how long the next one may
 ENOUGH = 8  # steps, before the fit is believed
 _FORGET = 0.99  # what a step counts for, one step later
 
@@ -107,7 +108,8 @@ class Watchdog:
     if self._phase in STEP:
       known, expected = self._steps.count >= ENOUGH, self._steps.expect(self._next_n)
     else:
-      known, expected = self._phase in self._longest, self._longest.get(self._phase, 0.0)
+      known = self._phase in self._longest and self._phase != SAVE_UNDER_WAY
+      expected = self._longest.get(self._phase, 0.0)
     return max(cfg.patience_secs, cfg.patience_factor * expected) if known else cfg.startup_secs
 
   def turn(self, secs: float = TURN_SECS) -> None:
