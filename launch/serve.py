@@ -18,7 +18,7 @@ _SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made at the same tim
 _QUEUE = flags.DEFINE_integer('queue', 64, 'requests that may wait for a slot', 0, 10**6)
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'devices that share each layer, for a model too large for one', 1)
 _CACHE = flags.DEFINE_string('cache', 'full', 'full, latest, ring:M or first:M: which depths share keys and values')
-_TOTAL = flags.DEFINE_integer('max_total_tokens', 1024, 'of a prompt and its answer', 2, 2**31 - 1)
+_TOTAL = flags.DEFINE_integer('max_total_tokens', 1024, 'of a prompt and its answer', 3, 2**31 - 1)
 _DEPTH = flags.DEFINE_integer(
   'max_depth', None, 'the deepest a request may ask; default: twice the mean in training', 1
 )

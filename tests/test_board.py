@@ -66,6 +66,14 @@ def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(board, want):
 
 
 @pytest.mark.slow
+def test_what_an_earlier_row_left_does_not_reach_a_later_one_even_if_it_is_not_finite(engine, board, want):
+  ruin = jax.jit(lambda cache: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache))
+  decoding = dataclasses.replace(board._flight.decoding, cache=ruin(board._flight.decoding.cache))
+  board._flight = dataclasses.replace(board._flight, decoding=decoding)
+  assert_same_answers(serve(board, REQUESTS), want)
+
+
+@pytest.mark.slow
 def test_one_that_is_released_leaves_the_others_undisturbed_and_its_slot_clean(board, want):
   kept, gone = REQUESTS[4], REQUESTS[2]
   board.admit(0, kept), board.admit(1, gone), board.advance(4)

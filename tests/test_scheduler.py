@@ -1,5 +1,7 @@
 """The scheduler over a board that is only played: nobody starves, and a device that fails ends nothing for good."""
 
+import collections
+import threading
 import types
 
 from latent_loop.serving.scheduler import Job, Scheduler
@@ -52,3 +54,18 @@ def test_a_device_that_fails_while_a_slot_is_freed_costs_the_answers_but_not_the
   scheduler._turn()
   assert 'the device failed (the device is gone)' in str(other.error)
   assert scheduler.load() == {'slots': SLOTS, 'busy': 0, 'queued': 0}
+
+
+def test_a_device_that_is_gone_for_good_ends_the_server_and_everybody_hears_of_it(monkeypatch):
+  def gone(self):
+    raise RuntimeError('RESOURCE_EXHAUSTED')
+
+  monkeypatch.setattr(Board, 'clear', gone)
+  monkeypatch.setattr(threading, 'excepthook', lambda raised: None)
+  scheduler = Scheduler(Board(), QUEUE)
+  jobs = [Job('long', lambda: None) for _ in range(3)]
+  scheduler._running, scheduler._waiting = {0: jobs[0], 1: jobs[1]}, collections.deque([jobs[2]])
+  scheduler.cancel(jobs[0])
+  scheduler.start()
+  scheduler.join()
+  assert all(job.error is not None for job in jobs) and not scheduler.takes_jobs

@@ -260,11 +260,32 @@ def test_pieces_are_the_text_and_nothing_is_taken_back():
       assert text.startswith(''.join(piece for piece, _ in pieces))
     pieces += typist.read(answer(len(tokens), 'length'))
     assert ''.join(piece for piece, _ in pieces) == text + '\ufffd' and typist.finish == 'length'
-    by_token = {i: piece for piece, i in pieces}
-    assert by_token[0] == 'a' and by_token[2] == '\u00e9' and by_token[6] == '\u20ac' and 1 not in by_token
+    assert [i for _, i in pieces] == list(range(len(tokens))), 'every token once, in order'
+    assert [piece for piece, _ in pieces[:7]] == ['a', '', '\u00e9', '-', '', '', '\u20ac']
   typist = Typist(Bytes(), ('stop',))
   assert ''.join(piece for n in range(1, 13) for piece, _ in typist.read(answer(n, None))) == 'a\u00e9-\u20ac '
   assert typist.finish == 'stop'
+
+
+def test_a_token_that_begins_a_stop_string_is_told_once():
+  """Of tokens with several letters each, where a part of one could already be shown."""
+  words = types.SimpleNamespace(decode=lambda tokens: ''.join(['the ', 'cats ', 'sat'][token] for token in tokens))
+  typist = Typist(words, ('xx', 'tax'))
+  told = [typist.read(Answer([0, 1, 2][:n], [0.0] * n, [1] * n, 'length' if n == 3 else None)) for n in (1, 2, 3)]
+  assert told == [[], [('the ', 0)], [('cats ', 1), ('sat', 2)]]
+
+
+def test_log_probs_and_depths_of_an_answer_are_those_of_all_its_tokens(engine):
+  """Also of those that only begin a character, and of the one that ends the answer."""
+  tokens, log_probs = [*'\u00e9\u20ac'.encode(), tokenizer.EOS], [-0.1, -0.2, -0.3, -0.4, -0.5, float('nan')]
+  for chat in (False, True):
+    writer = wire.Writer(chat, 'tiny', fields.asked_of({'prompt': '', 'logprobs': 1}, Bytes(), LIMITS), Bytes())
+    writer.read(Answer(tokens, log_probs, [1, 2, 3, 4, 5, 6], 'stop'))
+    (choice,) = json.loads(wire.to_json(writer.whole()))['choices']
+    told = choice['logprobs']
+    values = [one['logprob'] for one in told['content']] if chat else told['token_logprobs']
+    assert values == [*log_probs[:5], None], 'NaN is no JSON'
+    assert choice['depths'] == [['', 1], ['\u00e9', 2], ['', 3], ['', 4], ['\u20ac', 5], ['', 6]]
 
 
 def test_of_two_stop_strings_the_one_that_is_complete_first_ends_the_answer_however_it_comes():

@@ -138,7 +138,9 @@ class Board:
 
 @functools.partial(jax.jit, donate_argnames='flight')
 def _lay(flight: Flight, asks: Asks, row: Decoding, row_asks: Asks, slot: jax.Array) -> tuple[Flight, Asks]:
-  """The flight with a batch of one in `slot`. What an earlier row left at later places is never read."""
+  """The flight with a batch of one in `slot`, and nothing of an earlier row: what is not seen counts 0 times, and 0
+  times a value that is not finite would reach every answer after it.
+  """
 
   def into(old, new, axis):
     start = [0] * old.ndim
@@ -146,8 +148,9 @@ def _lay(flight: Flight, asks: Asks, row: Decoding, row_asks: Asks, slot: jax.Ar
     return jax.lax.dynamic_update_slice(old, new, start)
 
   first = lambda old, new: into(old, new, axis=0)
+  alone = lambda old, new: jnp.pad(new, [(0, 0)] * 3 + [(0, old.shape[3] - new.shape[3]), (0, 0)])
   this = flight.decoding
-  cache = jax.tree.map(lambda old, new: into(old, new, axis=1), this.cache, row.cache)
+  cache = jax.tree.map(lambda old, new: into(old, alone(old, new), axis=1), this.cache, row.cache)
   rest = jax.tree.map(first, dataclasses.replace(this, cache=None), dataclasses.replace(row, cache=None))
   flight = dataclasses.replace(
     flight, decoding=dataclasses.replace(rest, cache=cache), left_B=flight.left_B.at[slot].set(False)

@@ -50,10 +50,10 @@ class Typist:
     self.tokens = 0  # read so far, none behind a stop string
     self._tokenizer, self._stops = tokenizer, stops
     self._held = max((len(stop) - 1 for stop in stops), default=0)
-    self._shown, self._ends = 0, []
+    self._shown, self._told, self._ends = 0, 0, []
 
   def read(self, answer: Answer) -> list[tuple[str, int]]:
-    """(text, the index of the token that made it whole) of what is new. answer: all so far."""
+    """(text, index) of every new token, '' where it only begins a character. answer: all so far."""
     for i in range(len(self._ends), len(answer.tokens)):
       self._ends.append(len(self._tokenizer.decode(answer.tokens[: i + 1]).rstrip(_BROKEN)))
     text, stop_end = _up_to_stop(self._tokenizer, answer, self._stops)
@@ -62,10 +62,10 @@ class Typist:
       self.finish = 'stop'
       self.tokens = next((i for i, end in enumerate(self._ends, 1) if end >= stop_end), self.tokens)
     safe = len(text) if self.finish else max(len(text) - self._held, self._shown)
-    pieces, last = [], len(self._ends) - 1
-    for i, end in enumerate(self._ends):
-      end = safe if i == last else min(end, safe)  # what stays broken is the last one's
-      if end > self._shown:
-        pieces.append((text[self._shown : end], i))
-        self._shown = end
+    pieces = []
+    while self._told < self.tokens and (self.finish or self._ends[self._told] <= safe):
+      last = self.finish and self._told == self.tokens - 1
+      end = safe if last else max(min(self._ends[self._told], safe), self._shown)  # what stays broken is the last one's
+      pieces.append((text[self._shown : end], self._told))
+      self._shown, self._told = end, self._told + 1
     return pieces

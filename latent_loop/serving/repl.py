@@ -48,8 +48,8 @@ def _answer(engine: Engine, tokenizer: Tokenizer, request: Request, stops: tuple
   typist, text, depths = Typist(tokenizer, (*stops, *messages.stops_of(tokenizer))), '', []
   try:
     for (answer,) in engine.stream([request]):
-      depths = answer.depths
-      for piece, i in typist.read(answer):
+      pieces, depths = typist.read(answer), answer.depths[: typist.tokens]
+      for piece, i in pieces:
         text += piece
         print(shaded(piece, depths[i], request.depth) if shade else _harmless(piece), end='', flush=True)
       if typist.finish:

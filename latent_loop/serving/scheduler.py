@@ -116,9 +116,9 @@ class Scheduler:
       with self._changed:
         jobs = list(self._running.values())
         self._running.clear()
-      self._board.clear()
       for job in jobs:
         job.tell(error=RuntimeError(f'the device failed ({" ".join(str(error).split())[:200]}); ask again'))
+      self._board.clear()  # may fail as well; then the server ends
 
   def _admit(self) -> None:
     """Waiting jobs into free slots, few enough to hold nobody up; sleeps when there is nothing at all to do."""

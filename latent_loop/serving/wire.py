@@ -7,6 +7,7 @@ from typing import Any
 
 from latent_loop.inference.engine import Answer
 from latent_loop.inference.text import Typist
+from latent_loop.metrics import finite
 from latent_loop.serving.fields import Asked
 from latent_loop.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ class Writer:
     return {**self._head, 'object': kind, 'choices': choices}
 
   def _depths(self, pieces: list[tuple[str, int]]) -> dict[str, Any]:
-    """Beyond OpenAI's: each piece of text with the iterations of its token."""
+    """Beyond OpenAI's: the text of each token, '' where it only begins a character, with its iterations."""
     return {'depths': [[piece, self._answer.depths[i]] for piece, i in pieces]}
 
   def _log_probs(self, pieces: list[tuple[str, int]]) -> dict[str, Any]:
@@ -86,8 +87,8 @@ class Writer:
 
 
 def to_json(value: Any) -> bytes:
-  """ASCII, whatever a client wrote."""
-  return json.dumps(value).encode()
+  """ASCII, whatever a client wrote; null for a number that is not finite."""
+  return json.dumps(finite(value)).encode()
 
 
 def event(value: Any) -> bytes:
