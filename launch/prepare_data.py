@@ -46,6 +46,11 @@ def main() -> int:
     raise BadInput('--input and --output are needed: what to read, and the folder to write')
   if not 0 <= _VALIDATION.value < 1:
     raise BadInput(f'--validation_fraction={_VALIDATION.value}: not a share; give a number from 0 to below 1')
+  if _MIN_BYTES.value > _MAX_BYTES.value:
+    raise BadInput(
+      f'--min_bytes={_MIN_BYTES.value} is above --max_bytes={_MAX_BYTES.value}, so all documents would be '
+      'dropped; lower the first or raise the second'
+    )
   request = run.Request(
     patterns=_INPUT.value,
     tokenizer=_TOKENIZER.value,

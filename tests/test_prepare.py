@@ -298,7 +298,8 @@ BAD = {
   'no arrow': ('x.arrow', b'ARROW1 and so on', 'x.arrow: not a whole Arrow stream, after row -1'),
   'an empty arrow': ('x.arrow', b'', 'x.arrow: not a whole Arrow stream'),
   'row not UTF-8': ('x.parquet', {'text': [b'a' * 40, b'\xff' * 40]}, 'x.parquet, row 1: not UTF-8'),
-  'empty': ('x.txt', b'', 'no document was kept; 1 too short'),
+  'no text at all': ('x.txt', bytes(range(256)) * 9, 'x.txt, the whole file: not UTF-8'),
+  'empty': ('x.txt', b'', r'--input=.*x.txt: no document was kept; 1 too short; .* --min_bytes=32 to --max_bytes='),
   'no file': ('x.png', b'', r'no file to read \(1 with other endings: .png\)'),
 }  # fmt: skip
 
@@ -435,6 +436,14 @@ def test_documents_that_are_not_utf8_are_dropped_and_counted_when_asked(tmp_path
   )
 
 
+def test_sizes_of_little_and_a_missing_validation_are_said(tmp_path):
+  (tmp_path / 'a.txt').write_text('coffee ' * 20)
+  found = run.prepare(request_of(tmp_path, tmp_path / 'out', patterns=[f'{tmp_path}'], validation_fraction=0), print)
+  first, *_, last = run.summary(found)
+  assert '1 files, 140 bytes, 140 bytes kept' in first
+  assert last.startswith('warning: --validation_fraction=0 held no document out')
+
+
 def test_arrays_are_other_files_than_records_in_another_folder(corpus, prepared, arrays):
   one, other = manifest.read(prepared), manifest.read(arrays)
   plain = lambda of: [(s.name, s.documents, s.tokens, s.records, s.files['.index.npy']) for s in of.shards]
@@ -458,7 +467,8 @@ def test_a_damaged_shard_of_a_finished_folder_is_named(corpus, prepared, arrays,
     run.prepare(request_of(corpus, tmp_path / 'out', format='zarr3' if 'zarr' in file else 'arrayrecord'), print)
 
 
-def test_a_trained_tokenizer_round_trips_and_isolates_digits_and_punctuation(corpus, tmp_path):
+def test_a_trained_tokenizer_round_trips_and_isolates_digits_and_punctuation(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(vocabulary, '_HELD_OUT', 4)  # of one in 50 this little corpus would have none
   path, said = tmp_path / 'tok' / 'tokenizer.json', []
   vocabulary.train([str(corpus)], 307, path, 'text', 2**20, said.append)
   code = tokenizer.load(str(path))
@@ -468,11 +478,27 @@ def test_a_trained_tokenizer_round_trips_and_isolates_digits_and_punctuation(cor
     assert code.decode(tokens) == text and (tokens < 271).all(), 'special tokens in a text are text'
   pieces = [code.decode([t]) for t in code.encode(['again12, again'])[0]]
   assert {'1', '2', ','} <= set(pieces)
-  assert 'bytes per token' in said[-1]
+  assert 'bytes per token on ' in said[-1] and 'each text back as it was' in said[-1]
   template = json.loads(path.with_name('tokenizer_config.json').read_text())['chat_template']
   assert '<|begin_header|>' in template and 'Huginn' in template
   with pytest.raises(BadInput, match='the text has pairs for'):
     vocabulary.train([str(corpus / 'deep' / 'er' / '0.txt')], 60_000, path, 'text', 2**20, said.append)
+
+
+def test_a_tokenizer_is_refused_ahead_of_its_training_and_measured_only_where_text_was_held_out(tmp_path):
+  (tmp_path / 'a.txt').write_text(''.join(f'{word} and ' for word in ('one', 'other', 'another')) * 9)
+  train = lambda size, output: vocabulary.train([f'{tmp_path}'], size, tmp_path / output, 'text', 2**20, said.append)
+  said = []
+  for size, output, words in [
+    (-1, 't.json', '--vocab_size=-1: .* give more'),
+    (300, 'a.txt/t.json', '--output=.*a.txt/t.json cannot be written'),
+    (300, '.', 'is a folder; give the path of a file'),
+  ]:
+    with pytest.raises(BadInput, match=words):
+      train(size, output)
+  assert not said
+  train(293, 't.json')
+  assert '100% of 270 bytes in 1 files' in said[0] and 'no text was held out' in said[1] and 'back' not in said[1]
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):

@@ -77,6 +77,11 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
   return files, dict(sorted(others.items()))
 
 
+def size_of(num_bytes: int) -> str:
+  """In words, also of a few files."""
+  return f'{num_bytes / 1e6:,.1f} MB' if num_bytes >= 1e5 else f'{num_bytes:,} bytes'
+
+
 def _why(others: collections.Counter) -> str:
   return f' ({sum(others.values())} with other endings: {", ".join(sorted(others)[:5])})' if others else ''
 

@@ -17,6 +17,7 @@ from latent_loop.errors import BadInput
 from latent_loop.interrupt import StopRequest
 from latent_loop.prepare import beam, filters, inputs, merge, units
 from latent_loop.prepare.crew import Crew
+from latent_loop.prepare.inputs import size_of
 from latent_loop.shards import manifest
 from latent_loop.shards.records import RECORD_TOKENS, settled, token_dtype
 
@@ -118,14 +119,22 @@ def _own(output: Path) -> Iterator[Path]:
 def _ranges(request: Request, todo: list[units.Unit], marks: list[dict], dtype) -> list[merge.Range]:
   segments = tuple(segment for mark in marks for segment in mark['segments'])
   if not segments:
-    counts = collections.Counter()
-    for mark in marks:
-      for numbers in mark['files'].values():
-        counts.update(numbers)
-    raise BadInput(f'--input: no document was kept; {_reasons(counts) or "the files are empty"}')
+    raise BadInput(_nothing_kept(request, marks))
   count = min(-(-sum(unit.num_bytes for unit in todo) // SHARD_BYTES), _MAX_SHARDS)
   how = segments, dtype.str, request.validation_fraction, request.format
   return [merge.Range(i, count, *how) for i in range(count)]
+
+
+def _nothing_kept(request: Request, marks: list[dict]) -> str:
+  counts, limits = collections.Counter(), request.limits
+  for mark in marks:
+    for numbers in mark['files'].values():
+      counts.update(numbers)
+  return (
+    f'--input={" --input=".join(request.patterns)}: no document was kept; {_reasons(counts) or "the files are empty"}; '
+    f'kept is UTF-8 text from --min_bytes={limits.min_bytes} to --max_bytes={limits.max_bytes}, a fifth of it letters '
+    'and hardly a control character: give other files or limits'
+  )
 
 
 class _Report:
@@ -199,7 +208,7 @@ def summary(found: manifest.Manifest) -> list[str]:
   lines = []
   for source in found.about['sources']:
     dropped = _reasons(source) or 'none'
-    size = f'{source["files"]:,} files, {source["bytes"] / 1e6:,.1f} MB, {source["kept bytes"] / 1e6:,.1f} MB kept'
+    size = f'{source["files"]:,} files, {size_of(source["bytes"])}, {size_of(source["kept bytes"])} kept'
     lines.append(f'{source["input"]}: {size}, {source["documents"]:,} documents; dropped: {dropped}')
   others = found.about['files left out, by ending']
   if others:
@@ -211,4 +220,9 @@ def summary(found: manifest.Manifest) -> list[str]:
     shards = found.of(split)
     documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
     lines.append(f'{split}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards')
+  if not found.of('validation'):
+    lines.append(
+      f'warning: --validation_fraction={found.about["settings"]["validation_fraction"]} held no document out, and '
+      'launch.train needs some to evaluate on; prepare more documents, or a larger fraction, in another folder'
+    )
   return lines

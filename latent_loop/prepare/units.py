@@ -159,13 +159,11 @@ def _kept(unit: Unit, counts: _Counts, vocab_size: int) -> Iterator[tuple[tuple[
     counter = counts.of(part.file.number)
     for place, raw in documents(part, settings.text_key, settings.limits.max_bytes):
       counter['documents'] += 1
-      reason = filters.reason_to_drop(raw, settings.limits) if raw is not None else 'too long'
-      if isinstance(raw, np.ndarray):
-        text = _checked(raw, part, place, vocab_size)
-      else:
-        text = _decoded(raw, part, place, settings) if reason is None else ''
-      if reason is None and text is None:
-        reason = 'not UTF-8'
+      if raw is None:
+        text, reason = None, 'too long'
+      else:  # what is no text is said ahead of what it looks like as one
+        text = _text_or_ids(raw, part, place, settings, vocab_size)
+        reason = 'not UTF-8' if text is None else filters.reason_to_drop(raw, settings.limits)
       digest = filters.digest(raw) if reason is None else None
       if digest in seen:
         reason = 'duplicate'
@@ -177,6 +175,15 @@ def _kept(unit: Unit, counts: _Counts, vocab_size: int) -> Iterator[tuple[tuple[
       seen.add(digest)
       counter['kept bytes'] += filters.ID_BYTES * len(raw) if isinstance(raw, np.ndarray) else len(raw)
       yield (*digest, part.file.number, place), text
+
+
+def _text_or_ids(
+  raw: bytes | np.ndarray, part: Part, place: int, settings: Settings, vocab_size: int
+) -> str | np.ndarray | None:
+  """None: not UTF-8, where such are dropped."""
+  if isinstance(raw, np.ndarray):
+    return _checked(raw, part, place, vocab_size)
+  return _decoded(raw, part, place, settings)
 
 
 def _checked(ids: np.ndarray, part: Part, place: int, vocab_size: int) -> np.ndarray:

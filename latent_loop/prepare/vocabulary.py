@@ -1,6 +1,7 @@
 """Training a tokenizer on the files that a preparation would read, and what it is worth on documents it did not see."""
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,12 +24,15 @@ def train(
 
   Trains on about `sample_bytes` of the input as it lies on the disk: documents chosen by their digest.
   """
+  least = 256 + len(bpe.SPECIAL_TOKENS)
+  if vocab_size <= least:
+    raise BadInput(f'--vocab_size={vocab_size}: bytes and special tokens alone take {least}; give more')
   files, _ = inputs.find(patterns)
+  _check_writable(output)  # now, not after minutes of training
   total = sum(file.num_bytes for file in files)
   share = min(sample_bytes / max(total, 1), 1.0)
-  say(f'training {vocab_size} tokens on {share:.0%} of {total / 1e6:,.0f} MB in {len(files):,} files')
+  say(f'training {vocab_size} tokens on {share:.0%} of {inputs.size_of(total)} in {len(files):,} files')
   try:
-    output.parent.mkdir(parents=True, exist_ok=True)
     bpe.train(_texts(files, text_key, share), vocab_size, output)
   except OSError as error:
     raise BadInput(f'--output={output} cannot be written: {error}; give another path') from error
@@ -39,8 +43,23 @@ def train(
     broken += code.decode(tokens) != text
   if broken:
     raise BadInput(f'{output}: {broken} texts that were held out do not come back from their tokens as they were')
-  worth = f'{num_bytes / max(num_tokens, 1):.3f} bytes per token on {num_bytes / 1e6:.1f} MB it was not trained on'
-  say(f'{output}: {code.vocab_size} tokens, {worth}, each text back as it was; SHA-256 {code.fingerprint}')
+  if num_tokens:
+    worth = f'{num_bytes / num_tokens:.3f} bytes per token on {inputs.size_of(num_bytes)} it was not trained on'
+    worth += ', each text back as it was'
+  else:
+    worth = f'its worth not measured, since no text was held out: about one of {_HELD_OUT} would be'
+  say(f'{output}: {code.vocab_size} tokens, {worth}; SHA-256 {code.fingerprint}')
+
+
+def _check_writable(output: Path) -> None:
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=output.parent):
+      pass
+  except OSError as error:
+    raise BadInput(f'--output={output} cannot be written: {error}; give another path') from error
+  if output.is_dir():
+    raise BadInput(f'--output={output} is a folder; give the path of a file, such as {output / "tokenizer.json"}')
 
 
 def _texts(files: list[inputs.File], text_key: str, share: float | None = None) -> Iterator[str]:
