@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import program
+from launch import program, xla_flags
 
 _CONFIG = program.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'chip and shape, such as v5p:4x4x4, v5e:16x16, h200:64, cpu:8')
@@ -21,6 +21,7 @@ _GLOBAL_BATCH = flags.DEFINE_integer('global_batch', None, 'rows per step; defau
 _DUMP_HLO = flags.DEFINE_string('dump_hlo', None, 'write the optimized HLO of the step here')
 _JSON = flags.DEFINE_bool('json', False, 'print one JSON line instead of the table')
 
+_CPU_DEVICES = 64  # that cpu:N may ask for, where XLA_FLAGS say no other number
 # The compiler alone: no device is looked for, here or on the network.
 _ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
@@ -43,15 +44,22 @@ def main() -> int:
     raise BadInput(f'--global_batch={_GLOBAL_BATCH.value} is below 1; give a number of rows')
   if _DUMP_HLO.value is not None and not program.path_of('dump_hlo', _DUMP_HLO.value).parent.is_dir():
     raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: its folder does not exist; make it, or give another path')
+  if _TOPOLOGY.value.startswith('cpu:'):
+    xla_flags.use_devices(_CPU_DEVICES)
   from latent_loop import planner
 
   say = lambda line: print(line, file=sys.stderr, flush=True)
   made = planner.plan(config, _TOPOLOGY.value, _SLICES.value, _GLOBAL_BATCH.value, say)
+  if _DUMP_HLO.value and not made.topology.devices:
+    raise BadInput(
+      f'--dump_hlo={_DUMP_HLO.value}: nothing here compiles for {made.topology.name}; leave the flag out, or, for '
+      "NVIDIA's GPUs, pip install -r launch/requirements/cuda.txt"
+    )
   numbers = planner.summary(made)
   print(json.dumps(numbers) if _JSON.value else planner.describe(made, numbers), flush=True)
   if _DUMP_HLO.value:
     if made.hlo_text is None:
-      raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: there is no compiled program to write; see the plan')
+      raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: no program came out, since it does not fit; see the plan')
     try:
       Path(_DUMP_HLO.value).write_text(made.hlo_text)
     except OSError as error:

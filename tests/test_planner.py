@@ -69,12 +69,17 @@ def test_collectives_are_read_with_kind_size_axes_and_loops():
 
 @pytest.mark.parametrize(
   'name, says',
-  [('v5p', 'unknown'), ('v9:2x2', 'unknown'), ('h100:x', 'unknown'), ('cpu:9', 'this machine shows 8 CPU device')],
+  [
+    ('v5p', 'unknown'),
+    ('v9:2x2', 'unknown'),
+    ('h100:x', 'unknown'),
+    ('cpu:9', 'shows 8 CPU device.*set XLA_FLAGS=--xla_force_host_platform_device_count=9$'),
+  ],
 )
 def test_unknown_hardware_is_a_sentence(name, says):
   with pytest.raises(BadInput, match=says):
     topology.find(name, 1)
-  with pytest.raises(BadInput, match='--slices=0'):
+  with pytest.raises(BadInput, match='--slices=0: .* give a number from 1'):
     topology.find('h100:8', 0)
 
 
@@ -94,6 +99,24 @@ def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
   assert 0 < at(5, 3).mfu < 1
   numbers = planner.summary(planner.plan(config, 'mi250x:4', 2, None, print))
   assert KEYS <= numbers.keys() and numbers['fits'] is None and numbers['weight_collectives_elsewhere'] is None
+  assert numbers['compile_seconds'] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'flags, says',
+  [
+    (['--topology=cpu:65'], 'this machine shows 64 CPU device'),
+    (['--topology=mi250x:8', '--dump_hlo=x'], '--dump_hlo=x: nothing here compiles for mi250x:8'),
+  ],
+)
+def test_what_cannot_be_compiled_is_refused_ahead_of_the_plan(flags, says):
+  """The program shows this machine as devices enough for small plans."""
+  command = [sys.executable, '-m', 'launch.plan', '--config=experiments/tiny_text.py', *flags]
+  result = subprocess.run(
+    command, cwd=ROOT, env={**os.environ, 'XLA_FLAGS': ''}, capture_output=True, text=True, timeout=300
+  )
+  assert result.returncode == 2 and says in result.stderr and not result.stdout, result.stderr
 
 
 @pytest.mark.slow

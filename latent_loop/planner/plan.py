@@ -45,7 +45,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A config on a topology. `memory`, `collectives` and `hlo_text` are None where no compiler was at hand."""
+  """A config on a topology. `memory`, `collectives`, `compile_seconds` and `hlo_text` are None without a compiler."""
 
   config: Config
   topology: topology.Topology
@@ -53,7 +53,7 @@ class Plan:
   cost: cost.Cost
   memory: Memory | None
   collectives: list[hlo.Collective] | None
-  compile_seconds: float
+  compile_seconds: float | None
   hlo_text: str | None
 
   @property
@@ -120,7 +120,7 @@ def _compile(config: Config, found: topology.Topology) -> Plan:
   counted = cost.count(model, config.data.seq_len)
   sizes = meshes.resolve(config.mesh, found.num_devices)
   if not found.devices:
-    return Plan(config, found, sizes, counted, None, None, 0.0, None)
+    return Plan(config, found, sizes, counted, None, None, None, None)
   mesh = meshes.make_mesh(config.mesh, found.devices)
   lowered = _lower(config, model, mesh)
   begin = time.perf_counter()
@@ -199,7 +199,7 @@ def summary(made: Plan) -> dict[str, Any]:
     'activation_collectives_in_depth_loops': len(made.activation_collectives()) if counted else None,
     'mean_n': mean_n,
     'collective_bytes_per_step': sum(c.bytes_per_step(mean_n) for c in made.collectives) if counted else None,
-    'compile_seconds': round(made.compile_seconds, 1),
+    'compile_seconds': made.compile_seconds and round(made.compile_seconds, 1),
     'step_seconds': seconds,
     'mfu_ceiling': flops / seconds / times[0].peak,
     'tokens_per_second': tokens / seconds,

@@ -38,11 +38,14 @@ def find(name: str, slices: int) -> Topology:
   if kind not in known or not shaped:
     raise BadInput(f'--topology={name}: unknown; write a chip ({", ".join(known)}) and a shape or number, as v5p:4x4x4')
   if slices < 1:
-    raise BadInput(f'--slices={slices}: there is at least one slice')
+    raise BadInput(f'--slices={slices}: a plan needs at least one slice; give a number from 1')
   chip, total = known[kind], math.prod(map(int, size.split('x'))) * slices
   if kind == 'cpu':
     if total > len(jax.devices()):
-      raise BadInput(f'--topology={name}: this machine shows {len(jax.devices())} CPU device(s); ask for no more')
+      raise BadInput(
+        f'--topology={name}: {total} devices, and this machine shows {len(jax.devices())} CPU device(s); ask for no '
+        f'more, or set XLA_FLAGS=--xla_force_host_platform_device_count={total}'
+      )
     return Topology(name, chip, jax.devices()[:total], total, total)
   if not chip.kinds[0].startswith('TPU'):
     return Topology(name, chip, gpus.devices(chip, total), total, total)
