@@ -1,6 +1,6 @@
 """Does what holds on 0.7 M tokens of bytes hold on a hundred megabytes of code and documentation as BPE tokens?
 
-Prepare the data first: bash launch/prepare_small_text.sh. Two million parameters on two cores.
+Prepare its data, data/small_text, first: bash launch/prepare_small_text.sh. Two million parameters on two cores.
 """
 
 from latent_loop.config import Config

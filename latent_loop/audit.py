@@ -39,7 +39,10 @@ class Start:
 def audit(config: Config, hosts: list[int], epochs: int, workdir: Path | None, say: Callable[[str], None]) -> list[str]:
   """Says what holds and returns a sentence for every fault. workdir: also compare with what that run recorded."""
   if not config.data.paths:
-    raise BadInput(f'config.data.source={config.data.source!r}: only data of config.data.paths has an index to replay')
+    raise BadInput(
+      f'config.data.source={config.data.source!r}: only data of config.data.paths has an index to '
+      'replay; give a config or a run with such data (prepared, parquet or chat)'
+    )
   size = config.train.batch_size
   for count in hosts:
     if count < 1 or size % count:

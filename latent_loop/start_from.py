@@ -71,6 +71,11 @@ def _read(config: Config, source: Path, mesh: Any) -> tuple[Params, dict[str, An
     model, _ = huggingface.read_config(source)
     _check_same(config.model, model, source)
     return huggingface.read_params(source, model), {'step': 0, 'config_fingerprint': None}
+  if not (source / 'config.json').is_file():
+    raise BadInput(
+      f'--init_from={source}: no config.json there; give the workdir of a training run, or the folder of a Huginn '
+      'checkpoint as Hugging Face has it'
+    )
   theirs = read_config(source)
   _check_same(config.model, theirs.model, source)
   found = trained.load_on(source, mesh)

@@ -20,9 +20,13 @@ _EPOCHS = flags.DEFINE_integer('epochs', 2, 'how many epochs to replay', lower_b
 
 
 def main() -> int:
+  from latent_loop.errors import BadInput
+
+  if bool(_WORKDIR.value) == _CONFIG.present:
+    both = f'--config and --workdir={_WORKDIR.value}: the run has its own config'
+    raise BadInput(f'{both if _WORKDIR.value else "--config and --workdir are missing"}; give one of them')
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from latent_loop import audit, workdir
-  from latent_loop.errors import BadInput
 
   folder = program.workdir_of(_WORKDIR.value) if _WORKDIR.value else None
   config = workdir.read_config(folder) if folder else program.sealed(_CONFIG)

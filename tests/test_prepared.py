@@ -243,6 +243,11 @@ class ShuffledByRank(Batches):
     super().__init__(rows, seed + host, batch_size, mine)
 
 
+def test_data_without_an_index_is_no_case_for_the_audit():
+  with pytest.raises(BadInput, match='has an index to replay; give a config or a run with such data'):
+    audit.audit(Config(), [1], 1, None, print)
+
+
 def test_the_audit_catches_a_shuffle_per_rank_before_striding(folder):
   rows, hosts = data.make_source(config_of(folder)).rows('train'), 8
   num_steps = audit.steps_for(rows, BATCH, 1)
@@ -442,7 +447,7 @@ def test_a_manifest_that_was_altered_or_is_missing_is_named(copy):
   with pytest.raises(BadInput, match='manifest.json: truncated or altered'):
     data.make_source(config_of(copy))
   path.unlink()
-  with pytest.raises(BadInput, match='holds no prepared data'):
+  with pytest.raises(BadInput, match=f'holds no prepared data; .*prepare_data --input=TEXTS --output={copy} makes it'):
     data.make_source(config_of(copy))
 
 

@@ -64,7 +64,8 @@ def read(folder: Path) -> Manifest:
     return Manifest(**{**body, 'shards': tuple(Shard(**shard) for shard in body['shards'])}, seal=seal)
   except FileNotFoundError as error:
     raise BadInput(
-      f'{path}: missing, so {folder} holds no prepared data; python -m launch.prepare_data --output={folder} makes it'
+      f'{path}: missing, so {folder} holds no prepared data; python -m launch.prepare_data --input=TEXTS '
+      f'--output={folder} makes it; for an experiment of this repository do what its first lines say'
     ) from error
   except OSError as error:
     raise BadInput(f'{path}: cannot be read ({error.strerror}); give a folder that can') from error
