@@ -17,7 +17,7 @@ def describe(config: Config) -> str:
   n = max(config.depth.mean - k, 0)
   parts = [f'  {name:<13}{size:>16,}' for name, size in counts.parameters.items()]
   flops = [f'  depth {r:<5}{counts.forward(r) / 1e9:12.4f}' for r in default_depths(config.depth.mean)]
-  model = counts.train(n, k)
+  model, again, spared = counts.train(n, k), counts.recompute(k, config.loss_chunks), counts.spared(n, k)
   computed = counts.computed(n, k, config.loss_chunks)
   tokens = config.train.batch_size * config.data.seq_len
   mixture = _mixture(config.data, config.train.num_steps) if len(config.data.paths) > 1 else []
@@ -37,8 +37,9 @@ def describe(config: Config) -> str:
       *flops,
       f'training at n={n} without gradient, k={k} with:',
       f'  forward    {counts.forward(n + k) / 1e9:12.4f}',
-      f'  + backward {model / 1e9:12.4f}   (model FLOPs; utilization is reported against this)',
-      f'  + recompute{computed / 1e9:12.4f}   (remat {config.model.remat}; the drive once)',
+      f'  and backward{model / 1e9:11.4f}   (model FLOPs; utilization is reported against this)',
+      f'  computed   {computed / 1e9:12.4f}   ({again / 1e9:.4f} more: computed again, remat {config.model.remat}; '
+      f'{spared / 1e9:.4f} less: the injection multiplies the prelude once, not in every iteration)',
       f'law {config.depth.kind} of mean {config.depth.mean}: mean of what it draws {depth.expected(config.depth):.2f}',
       '',
       f'mesh as asked: {mesh}',

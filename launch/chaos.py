@@ -16,7 +16,7 @@ from absl import flags
 from launch import program
 
 _COUNT = flags.DEFINE_integer(
-  'count', 200, 'corrupt, inputs: how many accidents to checkpoints, or inputs', lower_bound=1
+  'count', 200, 'corrupt: accidents to checkpoints; inputs: how many, and at least one of each kind', lower_bound=1
 )
 _KILLS = flags.DEFINE_integer('kills', 20, 'kill: how often the run is killed', lower_bound=1)
 _CONFIG = program.define_config()  # kill: another run than the small one

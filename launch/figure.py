@@ -40,6 +40,9 @@ def main(verb: str) -> int:
       f'--run={_RUNS.value[0]}: depth_cost gathers nothing; put what launch.bench depth prints in {output}.jsonl'
     )
   source = output.with_name(f'{output.name}.json{"l" if lines else ""}')
+  if not _RUNS.value and not source.is_file():
+    remedy = 'put there what launch.bench depth prints' if lines else 'give --run=DIR to gather it from that folder'
+    raise BadInput(f'--output={output}: {source} does not exist; {remedy}, or an --output whose {source.suffix} exists')
   gathered = []
   for run in _RUNS.value:
     file = program.workdir_of(run, '--run') / f'{verb}.json'

@@ -67,7 +67,7 @@ def _parse(argv: list[str]) -> list[str]:
   except (Exception, SystemExit) as error:  # an experiment file is a program of the user's, and may raise anything
     cause = _raised_by_experiment(error)
     if isinstance(cause, flags.Error):
-      _refuse(f'{_one_line(cause)}; see python -m launch.{Path(argv[0]).stem} --help')
+      _refuse(f'{_in_rules(_one_line(cause))}; see python -m launch.{Path(argv[0]).stem} --help')
     if isinstance(cause, BadInput):
       _refuse(f'--config={_config_path()}: {cause}')
     _refuse(f'--config={_config_path()}: it does not run ({type(cause).__name__}: {_one_line(cause)}); correct it')
@@ -81,6 +81,25 @@ def _raised_by_experiment(error: BaseException) -> BaseException:
   while 'Error whilst parsing config file' in str(error):
     error = error.__cause__ or error.__context__
   return error
+
+
+# How Python says that a value is of another type, and the rule that it stands for.
+_RULES = {
+  'invalid literal for int()': 'a whole number',
+  'could not convert string to float': 'a number',
+  "('Non-boolean argument": 'true or false',
+}
+
+
+def _in_rules(sentence: str) -> str:
+  """What absl says of a flag, with the rule in place of Python's words."""
+  for words, rule in _RULES.items():
+    flag, found, _ = sentence.partition(f': {words}')
+    if found:
+      name = flag.removeprefix('flag --').partition('=')[0]
+      many = isinstance(flags.FLAGS[name], flags.MultiFlag)
+      return f'{flag}: not {rule}' + f'; for more than one repeat the flag: --{name}=... --{name}=...' * many
+  return sentence
 
 
 _NONE: list[str] = []  # keys that the command line sets to None

@@ -19,11 +19,13 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'print what each run would cost, 
 
 
 def main() -> int:
-  from latent_loop import sweep
+  config = program.sealed(_CONFIG)
+  workdir = None if _DRY_RUN.value else program.workdir_of(_WORKDIR.value)
+  from latent_loop import sweep  # only now: a wrong flag is refused before JAX starts
   from latent_loop.exit_codes import DONE
 
   program.keep_compiled()
-  cells = sweep.grid(program.sealed(_CONFIG), _WIDTH.value, _MEAN_DEPTH.value, _TOKENS.value)
+  cells = sweep.grid(config, _WIDTH.value, _MEAN_DEPTH.value, _TOKENS.value)
   budget = float('inf') if _MAX_FLOPS.value is None else _MAX_FLOPS.value
   cells, left_out = sweep.within(cells, budget)
   for cell in cells:
@@ -32,7 +34,7 @@ def main() -> int:
     print(f'{sweep.name_of(cell)}: left out, {cell.flops:.4g} FLOPs would pass --max_flops={budget:.4g}')
   if _DRY_RUN.value:
     return DONE
-  workdir, results = program.workdir_of(_WORKDIR.value), []
+  results = []
   for cell, code, result in sweep.run(cells, workdir):
     if code != DONE:
       return code

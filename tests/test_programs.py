@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,9 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('train', [TEXT, '--bogus'], 'bogus'),
     ('train', [TEXT, '--config.model.widht=3'], "config.model.widht: unknown key; did you mean 'width'?"),
     ('train', [TEXT, '--config.model.width=wide'], 'config.model.width=wide'),
+    ('train', [TEXT, '--config.depth.mean=4.5'], '--config.depth.mean=4.5: not a whole number; see'),
+    ('train', [TEXT, '--config.optim.learning_rate=abc'], '--config.optim.learning_rate=abc: not a number; see'),
+    ('train', [TEXT, '--dry_run=maybe'], '--dry_run=maybe: not true or false; see'),
     ('train', [TEXT, '--config.model.block=foo'], 'choose one of sandwich, pre_norm'),
     ('train', [TEXT], '--workdir is missing'),
     ('train', [TEXT, '--workdir=s3://bucket/run'], 'Orbax, which writes the arrays'),
@@ -102,6 +106,10 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
       [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}', '--config.train.batch_size=1'],
       'less than one row',
     ),
+    slow(
+      'train', [TEXT, '--workdir=/tmp/none', '--init_from=/tmp/no'], '--init_from=/tmp/no: no config.json there; give'
+    ),
+    ('evaluate', ['depths', '--depths=1,2'], '--depths=1,2: not a whole number; for more than one repeat the flag'),
     ('evaluate', ['--workdir=/tmp/none'], 'one of the verbs depths'),
     ('train', [TEXT, 'foo'], 'belongs to no flag'),
     ('train', ['--config=experiments/nope.py', '--config.seed=1'], 'experiments/nope.py: no such file'),
@@ -112,8 +120,13 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
     ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
     ('figure', ['sweep', '--output=/tmp/none/x'], 'not a file in a folder that exists'),
-    ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl: not readable JSON lines'),
+    ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl does not exist; put there what launch.bench'),
+    ('figure', ['study', '--output=/tmp/none'], '/tmp/none.json does not exist; give --run=DIR'),
     ('figure', ['sweep', '--output=/'], 'not a file in a folder that exists'),
+    ('sweep', [TEXT], '--workdir is missing'),
+    ('audit_data', [], '--config and --workdir are missing; give one of them'),
+    ('audit_data', [TEXT, '--workdir=/tmp/none'], '--workdir=/tmp/none: the run has its own config; give one of them'),
+    ('prepare_data', ['--input=x', '--output=y', '--min_bytes=9', '--max_bytes=8'], '--min_bytes=9 is above --max_byt'),
     ('study', ['--workdir=/tmp/none'], '--study is missing'),
     ('study', ['--study=/tmp/none.py', '--workdir=/tmp/none'], 'no such file'),
     ('study', ['--study=README.md', '--workdir=/tmp/none'], 'it does not run'),
@@ -128,6 +141,7 @@ def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
   assert words in result.stderr
   assert 'Traceback' not in result.stderr
   assert result.stderr.startswith('error: ') and len(result.stderr.splitlines()) == 1
+  assert not result.stdout
 
 
 def test_help_names_every_flag_of_training():
@@ -402,6 +416,7 @@ def test_dry_run_prints_the_plan_without_devices_or_files(tmp_path):
   result = launch('train', '--config=experiments/huginn_3p5b.py', f'--workdir={tmp_path}/x', '--dry_run')
   assert result.returncode == 0, result.stderr
   assert '3,564,976,800' in result.stdout and 'fsdp=32' in result.stdout
+  assert re.search(r'computed +213.0866 +\(29.2098 more: .* remat iteration; 2.5091 less: ', result.stdout)
   assert not (tmp_path / 'x').exists()
 
 
