@@ -13,6 +13,7 @@ from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE
 from latent_loop.price import Priced, price
 from latent_loop.storage import Path, write
+from latent_loop.workdir import SAFE, check_owner
 
 _RESAMPLES = 1000
 _LAW = ('parameters', 'tokens', 'mean_depth')  # what the loss is a power of
@@ -67,8 +68,12 @@ def within(cells: Sequence[Priced], budget: float) -> tuple[list[Priced], list[P
 def run(cells: Sequence[Priced], workdir: Path) -> Iterator[tuple[Priced, int, dict[str, Any]]]:
   """(cell, exit code, result) of each; a run that is finished is not run again, one that was cut off goes on.
 
-  Ends after the first that is not DONE, whose result is empty.
+  Ends after the first that is not DONE, whose result is empty. Raises BadInput, before the first, where one was begun
+  with other values that its loss or its price depends on.
   """
+  for cell in cells:
+    if (workdir / name_of(cell) / 'config.json').is_file():
+      check_owner(workdir / name_of(cell), cell.config, [name for name in SAFE if name not in ('depth.', 'eval.')])
   for cell in cells:
     place = workdir / name_of(cell)
     code = loop.run(cell.config, place)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -59,9 +60,9 @@ def _open(workdir: Path, config: Config) -> None:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
 
 
-def check_owner(workdir: Path, config: Config, safe: tuple[str, ...] = SAFE) -> None:
+def check_owner(workdir: Path, config: Config, safe: Sequence[str] = SAFE) -> None:
   """Raises BadInput, naming the fields, when the folder's config differs in more than `safe` values."""
-  changed = {k: v for k, v in differences(read_config(workdir), config).items() if not k.startswith(safe)}
+  changed = {k: v for k, v in differences(read_config(workdir), config).items() if not k.startswith(tuple(safe))}
   if changed:
     what = '; '.join(f'{key} was {a!r}, is {b!r}' for key, (a, b) in changed.items())
     raise BadInput(f'{workdir} belongs to another config: {what}; undo the change, or give another --workdir')

@@ -9,7 +9,6 @@ Train on the output with config.data.source='prepared'.
 """
 
 import os
-from pathlib import Path
 
 from absl import flags
 
@@ -54,7 +53,7 @@ def main() -> int:
   request = run.Request(
     patterns=_INPUT.value,
     tokenizer=_TOKENIZER.value,
-    output=Path(_OUTPUT.value),
+    output=program.local_path_of('--output', _OUTPUT.value),
     text_key=_TEXT_KEY.value,
     invalid_utf8=_INVALID_UTF8.value,
     validation_fraction=_VALIDATION.value,

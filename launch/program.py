@@ -1,7 +1,9 @@
 """What every program shares: flags in, exit code out, and bad input as one sentence."""
 
+import contextlib
 import os
 import re
+import resource
 import select
 import sys
 import traceback
@@ -23,6 +25,9 @@ def run(main: Callable[..., int], verbs: tuple[str, ...] = ()) -> None:
   unforeseen: a traceback and 1.
   """
   xla_flags.forget_absent_tpus()
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(OSError, ValueError):  # as many open files as may be: data may have thousands of shards
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
   if sys.stdout is None:  # closed by whoever started this
     sys.stdout = open(os.devnull, 'w')
   sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file that is not UTF-8 can be printed too
@@ -269,6 +274,15 @@ def path_of(flag: str, value: str) -> Path:
   except OSError as error:
     raise BadInput(f'{flag}={value[:80]}: no file can be there ({error.strerror}); give another path') from error
   return Path(value)
+
+
+def local_path_of(flag: str, value: str) -> Path:
+  """As `path_of`, for what is written to local folders only; raises BadInput for a URL."""
+  from latent_loop.errors import BadInput
+
+  if '://' in value:
+    raise BadInput(f'{flag}={value}: written to local folders only; give one, and copy what is there to the store')
+  return path_of(flag, value)
 
 
 def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:

@@ -4,8 +4,6 @@ The preset of arXiv 2502.05171: digits and punctuation isolated, 36 special toke
 tokenizer_config.json beside the output. Reads what launch.prepare_data reads.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from latent_loop.exit_codes import DONE
@@ -26,7 +24,14 @@ def main() -> int:
   if not (_INPUT.value and _OUTPUT.value):
     raise BadInput('--input and --output are needed: what to read, and the tokenizer.json to write')
   say = lambda line: print(line, flush=True)
-  vocabulary.train(_INPUT.value, _VOCAB_SIZE.value, Path(_OUTPUT.value), _TEXT_KEY.value, _SAMPLE_BYTES.value, say)
+  vocabulary.train(
+    _INPUT.value,
+    _VOCAB_SIZE.value,
+    program.local_path_of('--output', _OUTPUT.value),
+    _TEXT_KEY.value,
+    _SAMPLE_BYTES.value,
+    say,
+  )
   return DONE
 
 

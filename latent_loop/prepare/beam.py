@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from latent_loop import storage
 from latent_loop.errors import BadInput
 from latent_loop.interrupt import StopRequest
 from latent_loop.prepare import units
 from latent_loop.prepare.crew import Stopped
+from latent_loop.shards.records import settled
 
 
 class Crew:
@@ -70,8 +70,10 @@ def _do(function: Callable, task: tuple) -> None:
   part, work, *_ = task
   try:
     function(*task)
+    _fault_path(part.key, work).unlink(missing_ok=True)  # of an earlier try
   except (BadInput, OSError) as error:
-    storage.write(_fault_path(part.key, work), json.dumps([isinstance(error, BadInput), str(error)]))
+    with settled(_fault_path(part.key, work)) as temporary:
+      temporary.write_text(json.dumps([isinstance(error, BadInput), str(error)]))
 
 
 def _fault_path(key: str, work: Path) -> Path:

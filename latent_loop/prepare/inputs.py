@@ -67,14 +67,18 @@ def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
       if kind is None or (kind != 'text' and os.path.isdir(pattern) and not saved):
         others[Path(path).suffix or 'no ending'] += 1
         continue
-      facts = os.stat(path)
-      files.append(File(len(files), path, kind, number, facts.st_size, f'{facts.st_size} {facts.st_mtime_ns}'))
+      files.append(File(len(files), path, kind, number, os.stat(path).st_size, state_of(path)))
     if len(files) == before:
       raise BadInput(
         f'--input={pattern}: no file to read{_why(others)}; known are .txt, .md, source files, and by a glob, as in '
         "'folder/**/*.jsonl', .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow"
       )
   return files, dict(sorted(others.items()))
+
+
+def state_of(path: str) -> str:
+  facts = os.stat(path)
+  return f'{facts.st_size} {facts.st_mtime_ns}'
 
 
 def size_of(num_bytes: int) -> str:
@@ -88,11 +92,23 @@ def _why(others: collections.Counter) -> str:
 
 def _matches(pattern: str) -> Iterator[str]:
   if os.path.isdir(pattern):
-    for folder, folders, names in os.walk(pattern):
+    seen = set()
+    for folder, folders, names in os.walk(pattern, onerror=_refuse, followlinks=True):
+      if (real := os.path.realpath(folder)) in seen:  # a link led back
+        folders.clear()
+        continue
+      seen.add(real)
       folders[:] = sorted(name for name in folders if not name.startswith('.') and name != '__pycache__')
-      yield from (os.path.join(folder, name) for name in names if not name.startswith('.'))
+      paths = (os.path.join(folder, name) for name in names if not name.startswith('.'))
+      yield from (path for path in paths if os.path.isfile(path))  # and no link to what is not there
+  elif os.path.isfile(pattern):  # its name may look like a glob
+    yield pattern
   else:
     yield from (path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def _refuse(error: OSError) -> None:
+  raise BadInput(f'{error.filename}: cannot be read ({error.strerror}); change its rights, or leave it out') from error
 
 
 def _saved_dataset(folder: str) -> list[str]:

@@ -58,13 +58,17 @@ def _open(path: str) -> BinaryIO:
 
 def _lines(file: BinaryIO, part: Part, text_key: str, max_bytes: int) -> Iterator[Document]:
   """The lines that begin in [start, stop) of plain lines; every line of packed ones."""
-  place, stop = 0, None
+  place, stop, limit = 0, None, _LINE_FACTOR * max_bytes
   if part.file.kind == 'lines':
     place, stop = part.start, part.stop
     if place:
       file.seek(place - 1)
-      place += len(file.readline()) - 1  # the rest of a line that began before, or the end of one
-  limit = _LINE_FACTOR * max_bytes
+      place -= 1
+      while place < stop:  # the rest of a line that began before, or the end of one
+        line = file.readline(limit)
+        place += len(line)
+        if not line or line.endswith(b'\n'):
+          break
   while stop is None or place < stop:
     line = file.readline(limit)
     if not line:
@@ -119,7 +123,7 @@ def _rows(part: Part, column: str) -> Iterator[Document]:
 
 
 def _ids_of(row: list | None) -> list[int]:
-  return [-1 if one is None else one for one in row or ()]
+  return [-1 if one is None or one >= 2**63 else one for one in row or ()]  # -1: no id of any tokenizer
 
 
 def _columns(part: Part, column: str) -> Iterator[tuple[int, object]]:

@@ -68,7 +68,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> manifest.Manifest:
     merged = crew.do(merge.do, [(part, work, request.output) for part in parts], [1] * len(parts), 'writing shards')
     report = _Report(request, files, others, marks, merged)
     _finish(request, code, key, report, merged)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # NFS keeps the lock that is open; the next start removes it
   return manifest.read(request.output)
 
 
@@ -173,7 +173,8 @@ def _finish(request: Request, code: tokenizer.Tokenizer, key: str, report: _Repo
   others.append(manifest.FILES)
   if request.tokenizer != 'bytes':
     with settled(output / manifest.TOKENIZER) as temporary:
-      shutil.copyfile(request.tokenizer, temporary)  # byte by byte: its checksum is its name
+      # Byte by byte: its checksum is its name.
+      temporary.write_bytes(storage.path(request.tokenizer, '--tokenizer').read_bytes())
     others.append(manifest.TOKENIZER)
   shards = []
   for mark in merged:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_loop import storage, tokenizer
+from latent_loop import tokenizer
 from latent_loop.errors import BadInput
 from latent_loop.prepare import filters
-from latent_loop.prepare.inputs import Part
+from latent_loop.prepare.inputs import Part, state_of
 from latent_loop.prepare.reading import documents
 from latent_loop.shards import manifest
 from latent_loop.shards.records import FILE, HIGH, LOW, PLACE, ROWS, settled, token_dtype, write_index
@@ -78,7 +78,8 @@ def mark_of(folder: Path, key: str) -> dict:
 
 def write_mark(folder: Path, key: str, home: Path, files: list[str], counts: dict) -> dict:
   mark = {**counts, 'checksums': {name: manifest.facts(home / name) for name in files}}
-  storage.write(folder / f'{key}.json', json.dumps(mark) + '\n')
+  with settled(folder / f'{key}.json') as temporary:
+    temporary.write_text(json.dumps(mark) + '\n')
   return mark
 
 
@@ -102,6 +103,9 @@ def do(unit: Unit, folder: Path) -> dict:
       break
     segments.append(segment)
     files += names(segment)
+  for file in {part.file for part in unit.parts}:
+    if state_of(file.path) != file.state:
+      raise BadInput(f'{file.path}: changed while it was read; wait until nobody writes it, then start again')
   return write_mark(folder, unit.key, folder, files, {'files': counts.result(), 'segments': segments})
 
 
