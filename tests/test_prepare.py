@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 from latent_loop import tokenizer
 from latent_loop.errors import BadInput
@@ -501,11 +502,45 @@ def test_a_tokenizer_is_refused_ahead_of_its_training_and_measured_only_where_te
   assert '100% of 270 bytes in 1 files' in said[0] and 'no text was held out' in said[1] and 'back' not in said[1]
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
-  (tmp_path / 't.json').write_text('{"model": 3}')
-  for name in ('nothing.json', 't.json'):
-    with pytest.raises(BadInput, match=name):
-      tokenizer.load(str(tmp_path / name))
+@pytest.mark.parametrize('text', [None, '{"model": 3}', '[' * 100_000, *({'model': model} for model in (
+  {}, {'type': 'Rhyme'}, {'type': 'BPE', 'vocab': {}, 'merges': []}, {'type': 'Unigram', 'vocab': [], 'unk_id': 3},
+))], ids=range(7))  # fmt: skip
+def test_what_is_no_tokenizer_is_refused(tmp_path, text):
+  if text is not None:
+    whole = {'added_tokens': [], 'pre_tokenizer': None}
+    (tmp_path / 't.json').write_text(text if isinstance(text, str) else json.dumps(text | whole))
+  with pytest.raises(BadInput, match='--tokenizer=.*t.json: .*; give bytes or a tokenizer.json'):
+    tokenizer.load(str(tmp_path / 't.json'))
+
+
+def sentencepiece(path, decoder) -> tokenizer.Tokenizer:
+  """A tokenizer.json in SentencePiece's layout, where a word brings the space before it."""
+  words = ['<s>', '</s>', '\u2581', 'a', '\u2581cat', '\u2581The', 's']
+  model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='</s>')
+  made = tokenizers.Tokenizer(model)
+  made.decoder = decoder
+  made.add_special_tokens(words[:2])
+  made.save(str(path))
+  return tokenizer.load(str(path))
+
+
+@pytest.mark.parametrize(
+  'decoder',
+  [tokenizers.decoders.Metaspace(), tokenizers.decoders.Sequence([
+    tokenizers.decoders.Replace('\u2581', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+    tokenizers.decoders.Strip(' ', 1, 0)])],
+  ids=['metaspace', 'strip'],
+)  # fmt: skip
+def test_what_continues_a_text_keeps_the_space_that_it_begins_with(tmp_path, decoder):
+  code = sentencepiece(tmp_path / 't.json', decoder)
+  assert code.decode([code.bos, 5, 4, 6]) == 'The cats', 'the beginning of a text has none'
+  assert code.decode([4, 6, 4]) == ' cats cat' and code.decode([6]) == 's' and code.decode([]) == ''
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+  code = sentencepiece(tmp_path / 't.json', tokenizers.decoders.Metaspace())
+  with pytest.raises(UnicodeEncodeError):
+    code.encode(['a', 'b\ud800'])
 
 
 @pytest.mark.slow

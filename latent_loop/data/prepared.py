@@ -83,5 +83,5 @@ class Prepared:
     stream = Stream(self._folders[0], self._manifests[0], 'validation')
     ends = next(stream.document_ends())[:3]
     starts = [0, *(int(end) for end in ends[:-1])]
-    heads = [stream.read(a, min(a + 1 + _PROMPT_TOKENS, int(b) - 1))[1:] for a, b in zip(starts, ends, strict=True)]
+    heads = [stream.read(a, min(a + 1 + _PROMPT_TOKENS, int(b) - 1)) for a, b in zip(starts, ends, strict=True)]
     return [self._tokenizer.decode(head) for head in heads]

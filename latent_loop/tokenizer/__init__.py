@@ -11,7 +11,8 @@ from latent_loop.tokenizer import bpe, utf8
 class Tokenizer(Protocol):
   """vocab_size: one more than the largest id. fingerprint: equal only for equal tokenizers.
 
-  chat: None where a chat is plain text. ends: the ids that end an answer.
+  chat: None where a chat is plain text. ends: the ids that end an answer. encode raises UnicodeEncodeError. decode
+  takes tokens for the beginning of a text where bos is their first, else for what follows others.
   """
 
   vocab_size: int

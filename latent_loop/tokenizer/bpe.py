@@ -42,6 +42,8 @@ _NAMES = {
   'pad': (PAD, '<pad>', '<|padding|>', '[PAD]'),
 }
 
+_NOT_ONE, _ANOTHER = 'not a tokenizer.json of the tokenizers library', 'give bytes or a tokenizer.json'
+
 
 class ChatTokens(NamedTuple):
   """The ids that give a chat its form."""
@@ -57,18 +59,26 @@ class FromFile:
   def __init__(self, path: Path):
     tokenizers = optional.load('tokenizers', 'data', f'tokenizer {path}')
     content = _read(path)
-    self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+      self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+      if not self.vocab_size:
+        raise ValueError('it has no tokens')
+    except ValueError as error:
+      raise BadInput(f'--tokenizer={path}: {_NOT_ONE} ({error}); {_ANOTHER}') from error
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.fingerprint = hashlib.sha256(content).hexdigest()
-    self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
     self.eos = self._special('eos', path)
     self.bos = self._special('bos', path, self.eos)
     self.pad = self._special('pad', path, self.eos)
     chat = [self._tokenizer.token_to_id(name) for name in CHAT]
     self.chat = None if None in chat else ChatTokens(*chat)
     self.ends = (self.eos,) if self.chat is None else (self.eos, self.chat.end_turn)
+    letter = self._tokenizer.token_to_id('a')
+    self._before = [] if letter is None else [letter]
+    self._text_before = self._plain(self._before)
     self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
   def _special(self, role: str, path: Path, default: int | None = None) -> int:
@@ -78,11 +88,20 @@ class FromFile:
     return found[0] if found else default
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
+    for text in texts:
+      text.encode()  # the library's error for half a surrogate pair says nothing; this one is a UnicodeEncodeError
     encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(one.ids, self._dtype) for one in encoded]
 
   def decode(self, tokens) -> str:
-    return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+    """Some decoders drop the space that a text begins with, so what continues a text is read behind a letter."""
+    ids = [int(t) for t in tokens]
+    if ids[:1] == [self.bos]:
+      return self._plain(ids[1:])
+    return self._plain(self._before + ids).removeprefix(self._text_before)
+
+  def _plain(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _read(path: Path) -> bytes:
@@ -92,9 +111,9 @@ def _read(path: Path) -> bytes:
       raise ValueError('it lacks model, added_tokens or pre_tokenizer')
     return content
   except OSError as error:
-    raise BadInput(f'--tokenizer={path}: cannot be read ({error.strerror}); give bytes or a tokenizer.json') from error
-  except (ValueError, AttributeError) as error:
-    raise BadInput(f'--tokenizer={path}: not a tokenizer.json of the tokenizers library ({error})') from error
+    raise BadInput(f'--tokenizer={path}: cannot be read ({error.strerror}); {_ANOTHER}') from error
+  except (ValueError, AttributeError, RecursionError) as error:
+    raise BadInput(f'--tokenizer={path}: {_NOT_ONE} ({error}); {_ANOTHER}') from error
 
 
 def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
