@@ -155,9 +155,12 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
 
 
 def engine_of(trained: Trained, cache: str = 'full', **options: Any) -> Engine:
-  """Options as in Engine; rows may be four times as long as those of training, 4096 tokens in any case."""
-  most_tokens = max(4096, 4 * trained.config.data.seq_len)
-  return Engine(trained.model, trained.params, trained.mesh, cache, most_tokens=most_tokens, **options)
+  """Options as in Engine; rows may be four times as long and deep as in training, 4096 tokens or iterations anyway."""
+  limits = {
+    'most_tokens': max(4096, 4 * trained.config.data.seq_len),
+    'most_depth': depth_eval.deepest(trained.config.depth.mean),
+  }
+  return Engine(trained.model, trained.params, trained.mesh, cache, **limits, **options)
 
 
 def write_samples(trained: Trained, workdir: Path, prompts: list[str]) -> Path:

@@ -44,7 +44,7 @@ def _by_depth(workdir, model, source) -> int:
 
   mean = model.config.depth.mean
   # The report always shows 1, the mean and 4 times the mean.
-  asked = depth_eval.check_depths(tuple(_DEPTHS.value)) if _DEPTHS.value else depth_eval.default_depths(mean)
+  asked = depth_eval.check_depths(tuple(_DEPTHS.value), mean) if _DEPTHS.value else depth_eval.default_depths(mean)
   depths = tuple(sorted({*asked, 1, mean, 4 * mean}))
   evaluator = trained.make_evaluator(model.config, model.model, model.mesh, source, depths)
   numbers = evaluator(model.params, model.step)
@@ -60,7 +60,8 @@ def _by_exit_rule(workdir, model, source) -> int:
   from latent_loop.evals import depth as depth_eval
   from latent_loop.evals import exits as exit_eval
 
-  depths = depth_eval.check_depths(tuple(_DEPTHS.value or [model.config.depth.mean]))
+  mean = model.config.depth.mean
+  depths = depth_eval.check_depths(tuple(_DEPTHS.value or [mean]), mean)
   if _TARGET.value is not None and not math.isfinite(_TARGET.value):
     raise BadInput(f'--target_depth={_TARGET.value}: not a depth; give a number from 1')
   if len(depths) > 1:
@@ -78,7 +79,7 @@ def _by_difficulty(workdir, model, source) -> int:
   from latent_loop.evals import depth as depth_eval
 
   mean = model.config.depth.mean
-  depths = depth_eval.check_depths(tuple(_DEPTHS.value)) if _DEPTHS.value else depth_eval.default_depths(mean)
+  depths = depth_eval.check_depths(tuple(_DEPTHS.value), mean) if _DEPTHS.value else depth_eval.default_depths(mean)
   asked = _DIFFICULTIES.value or difficulty.default_difficulties(model.config.data)
   path = difficulty.write(model, workdir, asked, depths)
   print('\n'.join(difficulty.table(json.loads(path.read_text()))))

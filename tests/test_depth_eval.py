@@ -125,8 +125,9 @@ def test_bits_per_byte_are_left_out_where_tokens_are_no_bytes(tmp_path):
 
 
 def test_depths_are_sorted_unique_and_checked():
-  assert check_depths((8, 2, 2)) == (2, 8)
+  assert check_depths((8, 2, 2), 6) == (2, 8)
   assert default_depths(6) == (1, 2, 4, 6, 8, 16, 24)
-  for depths in ((), (0, 2), (-1,)):
-    with pytest.raises(BadInput, match='--depths'):
-      check_depths(depths)
+  assert check_depths((4096,), 6) == (4096,) and check_depths((8000,), 2000) == (8000,)
+  for depths, mean in (((0, 2), 6), ((-1,), 6), ((4, 4097), 6), ((8001,), 2000)):
+    with pytest.raises(BadInput, match=f'--depths={[depth for depth in depths if depth not in (2, 4)][0]}: .* give'):
+      check_depths(depths, mean)

@@ -143,6 +143,7 @@ def test_transformers_reads_the_plain_decoder(tmp_path):
     ({'model_type': 'mistral'}, '0/1/2', "model_type='mistral' is not supported"),
     ({'attention_bias': True}, '0/1/2', 'attention_bias=True'),
     ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5.0}}, '0/1/2', "rope_type='llama3'"),
+    ({'rope_parameters': None}, '0/1/2', '^[^:]*config.json: rope_parameters=None is a NoneType; the rule is dict'),
     ({'head_dim': 8}, '0/1/2', 'head_dim=8 .* must be 6'),
     ({'num_key_value_heads': 3}, '0/1/2', 'does not divide'),
     ({'tie_word_embeddings': False}, '0/1/2', 'lm_head.weight is missing'),

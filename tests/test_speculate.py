@@ -102,6 +102,7 @@ def test_sampled_speculation_passes_a_chi_square_test_against_plain_sampling(pla
   [
     (lambda: Draft.parse('4'), '--speculate=4: not DRAFT:LOOKAHEAD'),
     (lambda: Draft.parse('a:b'), 'such as 4:8'),
+    (lambda: Draft.parse('4:' + 5000 * '1'), 'not DRAFT:LOOKAHEAD'),
     (lambda: Draft.parse('0:8'), 'iterations=0'),
     (lambda: Draft(1, 0), 'lookahead=0'),
   ],

@@ -22,6 +22,8 @@ from latent_loop.model.layers import Rows
 from latent_loop.parallel.sharding import BATCH, ROW_AXES, specs_of
 from latent_loop.parallel.weights import gather, on_rows
 
+_DEEPEST = 4096  # iterations, where four times the mean of training is less
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,20 @@ def default_depths(mean_depth: int) -> tuple[int, ...]:
   return tuple(sorted({*powers, mean_depth, 4 * mean_depth}))
 
 
-def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
-  """Sorted and without repeats; raises BadInput below 1."""
-  if not depths or min(depths) < 1 or max(depths) >= 2**31:
-    raise BadInput(f'--depths={list(depths)}: the core runs at least once; give depths from 1 to {2**31 - 1}')
+def deepest(mean_depth: int) -> int:
+  """The depth beyond which nobody means what he asks: it would compute for days and say nothing."""
+  return max(_DEEPEST, 4 * mean_depth)
+
+
+def check_depths(depths: tuple[int, ...], mean_depth: int) -> tuple[int, ...]:
+  """Sorted and without repeats; raises BadInput below 1 and above what `deepest` says."""
+  most = deepest(mean_depth)
+  for depth in depths:
+    if not 1 <= depth <= most:
+      raise BadInput(
+        f'--depths={depth}: the core runs at least once, and a model trained at a mean depth of {mean_depth} is '
+        f'evaluated down to {most} at most; give depths from 1 to {most}'
+      )
   return tuple(sorted(set(depths)))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from latent_loop.config.rules import LARGEST
+from latent_loop.config.rules import LARGEST, count_of
 from latent_loop.errors import BadInput
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes
@@ -46,15 +46,12 @@ class ExitRule:
 
   def __post_init__(self):
     known = ', '.join(rules.CRITERIA)
-    _require(self.kind in rules.CRITERIA, f'--exit={self.kind!r}: no such criterion; choose one of {known}')
-    value = self.value
-    _require(
-      math.isfinite(value) and value >= 0,
-      f'--exit={self.kind}:{value}: a threshold is a number from 0 up, such as 5e-4',
-    )
+    _require(self.kind in rules.CRITERIA, f'--exit={self.kind}: no such criterion; choose one of {known}')
+    rule = f'--exit={self.kind}:{self.value:g}'
+    _require(math.isfinite(self.value) and self.value >= 0, f'{rule}: a threshold is a number from 0 up, such as 5e-4')
     for name in ('min_depth', 'every'):
       number = vars(self)[name]
-      _require(1 <= number <= LARGEST, f'exit {name}={number} is out of range; give a number from 1')
+      _require(1 <= number <= LARGEST, f'{rule}: {name}={number} is out of range; give a number from 1 to {LARGEST}')
 
   @property
   def value(self) -> float:
@@ -68,9 +65,10 @@ class ExitRule:
       if len(numbers) > 3:
         raise ValueError('it has more than four parts')
       threshold = float(numbers[0]) if numbers and numbers[0] else None
-      return cls(kind, threshold, *(int(number) for number in numbers[1:]))
+      counts = [int(number) for number in numbers[1:]]
     except ValueError as error:
       raise BadInput(f'--exit={text}: {error}; the rule is KIND[:THRESHOLD[:MIN_DEPTH[:EVERY]]]') from error
+    return cls(kind, threshold, *counts)
 
 
 def parse_cache(text: str, max_depth: int) -> Slots:
@@ -81,8 +79,9 @@ def parse_cache(text: str, max_depth: int) -> Slots:
   kind, _, number = text.partition(':')
   if kind in ('full', 'latest') and not number:
     return Slots(max_depth)
-  if kind in ('ring', 'first') and number.isdecimal() and 1 <= int(number) <= LARGEST:
-    count = int(number) if kind == 'ring' else int(number) + 1
+  held = count_of(number) or 0
+  if kind in ('ring', 'first') and 1 <= held <= LARGEST:
+    count = held if kind == 'ring' else held + 1
     return Slots(min(count, max_depth), ring=kind == 'ring' and count < max_depth)
   raise BadInput(f'--cache={text}: no such cache; use full, latest, ring:M or first:M with M from 1, such as ring:1')
 
@@ -185,11 +184,12 @@ class Engine:
     speculate: Draft | None = None,
     wavefront: Wavefront | None = None,
     most_tokens: int = LARGEST,
+    most_depth: int = LARGEST,
   ):
     """cache: 'full', 'latest', 'ring:M' or 'first:M'; raises BadInput.
 
     speculate, wavefront: how `answer` and `stream` decode, instead of token by token. most_tokens: of a prompt and
-    its answer.
+    its answer. most_depth: of a token.
     """
     _require(
       speculate is None or wavefront is None, '--speculate and --parallel are two ways to decode; leave one of them out'
@@ -197,7 +197,7 @@ class Engine:
     parse_cache(cache, 1)
     # Rematerialization serves a backward pass only, and blocks under it cannot hand out their buffers.
     self.model = build(dataclasses.replace(model.cfg, remat='none'), model.depth)
-    self.mesh, self.cache, self.most_tokens = mesh, cache, most_tokens
+    self.mesh, self.cache, self.most_tokens, self.most_depth = mesh, cache, most_tokens, most_depth
     self.speculate, self.wavefront = speculate, wavefront
     with jax.set_mesh(mesh):
       self.params = jax.jit(model.cast)(params)
@@ -275,6 +275,11 @@ class Engine:
     slots = parse_cache(self.cache, max(r.depth for r in requests))
     self._check_way(requests, slots)
     for r in requests:
+      _require(
+        r.depth <= self.most_depth,
+        f'--depth={r.depth} is above {self.most_depth}, too far beyond the depths that the model was trained at; '
+        'ask for less',
+      )
       _require(
         len(r.tokens) + r.max_new_tokens <= self.most_tokens,
         f'a prompt of {len(r.tokens)} tokens and --max_new_tokens={r.max_new_tokens} are more than {self.most_tokens} '

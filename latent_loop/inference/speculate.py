@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from latent_loop.config.rules import count_of
 from latent_loop.errors import BadInput
 from latent_loop.inference.cache import Cache, Slots
 from latent_loop.inference.decode import Asks, Decoding, note, start_states
@@ -39,10 +40,10 @@ class Draft:
   @classmethod
   def parse(cls, text: str) -> 'Draft':
     """'4:8': drafts of 8 tokens with 4 iterations each; raises BadInput."""
-    iterations, _, lookahead = text.partition(':')
-    if not (iterations.isdecimal() and lookahead.isdecimal()):
+    iterations, lookahead = map(count_of, text.partition(':')[::2])
+    if iterations is None or lookahead is None:
       raise BadInput(f'--speculate={text}: not DRAFT:LOOKAHEAD; write iterations and tokens of a draft, such as 4:8')
-    return cls(int(iterations), int(lookahead))
+    return cls(iterations, lookahead)
 
 
 @jax.tree_util.register_dataclass

@@ -76,11 +76,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, int, int]:
   sizes = {ours: files.entry(path, values, theirs, int) for theirs, ours in _SIZES.items()}
   layers, heads = files.entry(path, values, 'num_hidden_layers', int), sizes['num_heads']
   key_heads = files.entry(path, {'num_key_value_heads': heads} | values, 'num_key_value_heads', int)
+  norm_eps, rope_base = files.entry(path, values, 'rms_norm_eps', float), _rope_base(path, values)
   head_dim = values.get('head_dim')
   try:
     cfg = ModelConfig(
       **sizes, **BLOCKS, num_prelude_layers=0, num_core_layers=layers, num_coda_layers=0,
-      norm_eps=files.entry(path, values, 'rms_norm_eps', float), rope_base=_rope_base(path, values),
+      norm_eps=norm_eps, rope_base=rope_base,
     )  # fmt: skip
   except BadInput as error:
     raise BadInput(f'{path}: {error}') from error
