@@ -200,8 +200,8 @@ def make_twin(threads: int):
       raise BadInput(f'--twin_python={_TWIN_PYTHON.value} without --twin; give the path of torch_twin.py too')
     return None
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU's memory is shared with the twin
-  python = program.path_of('twin_python', _TWIN_PYTHON.value or sys.executable)
-  return Twin(program.path_of('twin', _TWIN.value), python, threads, _REPEATS.value)
+  python = program.path_of('--twin_python', _TWIN_PYTHON.value or sys.executable)
+  return Twin(program.path_of('--twin', _TWIN.value), python, threads, _REPEATS.value)
 
 
 def rounded(value):

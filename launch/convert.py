@@ -32,10 +32,10 @@ def main(verb: str) -> int:
   if verb == 'to_hf':
     from latent_loop.interop.to_hf import export
 
-    folder = program.path_of('output', _OUTPUT.value)
+    folder = program.path_of('--output', _OUTPUT.value)
     print(f'{folder}: {", ".join(export(program.workdir_of(_WORKDIR.value), folder))}')
     return 0
-  return _make(verb, program.path_of('hf', _HF.value))
+  return _make(verb, program.path_of('--hf', _HF.value))
 
 
 def _make(verb: str, folder: Path) -> int:

@@ -59,7 +59,7 @@ def main() -> int:
   model = load()
   tokenizer = data.make_tokenizer(model.config.data)
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
-  engine = trained.engine_of(model, **_way())
+  engine = trained.engine_of(model, **_way(min((request.depth for request in requests), default=1)))
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
     _answer_in_json(tokenizer, engine, asked, requests)
@@ -82,7 +82,7 @@ def _chat(load) -> int:
   like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)
   make = lambda tokens: dataclasses.replace(like, tokens=tokens)
   shade = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-  repl.chat(trained.engine_of(model, **_way()), tokenizer, make, tuple(_STOP.value), shade)
+  repl.chat(trained.engine_of(model, **_way(like.depth)), tokenizer, make, tuple(_STOP.value), shade)
   return 0
 
 
@@ -91,7 +91,7 @@ def _prompts() -> list[str]:
 
   if _PROMPT.value is not None:
     return [_PROMPT.value]
-  path = program.path_of('prompts', _PROMPTS.value)
+  path = program.path_of('--prompts', _PROMPTS.value)
   if not path.is_file():
     raise BadInput(f'--prompts={path}: no such file; give a text file with one prompt per line')
   try:
@@ -103,14 +103,21 @@ def _prompts() -> list[str]:
   return text.removesuffix('\n').split('\n')  # other characters that end a line, as U+2028, belong to a prompt
 
 
-def _way() -> dict:
-  """The engine's options."""
+def _way(depth: int) -> dict:
+  """The engine's options. depth: the least that is asked of it; raises BadInput for a draft that is no shorter."""
+  from latent_loop.errors import BadInput
   from latent_loop.inference.speculate import Draft
   from latent_loop.inference.wavefront import Wavefront
 
+  draft = None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value)
+  if draft is not None and draft.iterations >= depth:
+    raise BadInput(
+      f'--speculate={_SPECULATE.value}: a draft of {draft.iterations} iterations saves none of the --depth={depth} of '
+      'an answer; draft with fewer, or leave it out'
+    )
   return {
     'cache': 'ring:1' if _PARALLEL.value and not _CACHE.present else _CACHE.value,
-    'speculate': None if _SPECULATE.value is None else Draft.parse(_SPECULATE.value),
+    'speculate': draft,
     'wavefront': Wavefront() if _PARALLEL.value else None,
   }
 
@@ -203,11 +210,10 @@ def _type(tokenizer, engine, prompt: str, requests) -> None:
 
 
 def _answer_in_json(tokenizer, engine, asked, requests) -> None:
-  from latent_loop.inference.text import text_of
+  from latent_loop.inference.text import in_json
 
   for one, answer in zip(asked, engine.answer(requests), strict=True):
-    text, finish = text_of(tokenizer, answer, tuple(_STOP.value))
-    print(json.dumps({'prompt': one['prompt'], 'text': text, **dataclasses.asdict(answer), 'finish': finish}))
+    print(json.dumps({'prompt': one['prompt'], **in_json(tokenizer, answer, tuple(_STOP.value))}))
 
 
 if __name__ == '__main__':

@@ -3,8 +3,6 @@
 One HTML file that needs no network: the prediction after every iteration of every token, and how the states move.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from launch import program
@@ -19,7 +17,7 @@ _OUTPUT = flags.DEFINE_string('output', 'lens.html', 'the HTML file to write')
 def main() -> int:
   from latent_loop.errors import BadInput
 
-  workdir, output = program.workdir_of(_WORKDIR.value), Path(_OUTPUT.value)
+  workdir, output = program.workdir_of(_WORKDIR.value), program.path_of('--output', _OUTPUT.value)
   if not _PROMPT.value:
     raise BadInput('--prompt is missing or empty; give a text to look at, such as --prompt="def "')
   if output.is_dir() or not output.parent.is_dir():

@@ -42,7 +42,7 @@ def main() -> int:
     raise BadInput('--topology is missing; give a chip and a shape, such as v5p:4x4x4')
   if _GLOBAL_BATCH.value is not None and _GLOBAL_BATCH.value < 1:
     raise BadInput(f'--global_batch={_GLOBAL_BATCH.value} is below 1; give a number of rows')
-  if _DUMP_HLO.value is not None and not program.path_of('dump_hlo', _DUMP_HLO.value).parent.is_dir():
+  if _DUMP_HLO.value is not None and not program.path_of('--dump_hlo', _DUMP_HLO.value).parent.is_dir():
     raise BadInput(f'--dump_hlo={_DUMP_HLO.value}: its folder does not exist; make it, or give another path')
   if _TOPOLOGY.value.startswith('cpu:'):
     xla_flags.use_devices(_CPU_DEVICES)

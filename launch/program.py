@@ -294,9 +294,16 @@ def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:
   place = workdir_of(workdir) if hf is None else path_of('--hf', hf)
 
   def load():
+    import jax
+
     from latent_loop import trained
     from latent_loop.interop import from_hf
 
+    if jax.device_count() % tensor:
+      raise BadInput(
+        f'--tensor={tensor}: so many devices share each layer, and the {jax.device_count()} here make no whole number '
+        'of such groups; give a divisor'
+      )
     return (trained.load if hf is None else from_hf.load)(place, tensor)
 
   return load

@@ -28,7 +28,7 @@ def main() -> int:
 
   xla_flags.keep_memory()  # for the trials, which inherit it
   name, variants, depths = _read_study()
-  workdir = program.path_of('workdir', _required(_WORKDIR))
+  workdir = program.path_of('--workdir', _required(_WORKDIR))
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -57,7 +57,7 @@ def _read_study():
   from latent_loop.errors import BadInput
   from latent_loop.sealing import seal
 
-  path = program.path_of('study', _required(_STUDY))
+  path = program.path_of('--study', _required(_STUDY))
   if not path.is_file():
     raise BadInput(f'--study={path}: no such file; give one such as experiments/studies/recipe.py')
   try:

@@ -16,7 +16,7 @@ def main() -> int:
     raise BadInput('--golden is missing; give a folder such as tests/golden/huginn_tiny')
   from latent_loop.interop.verify import verify
 
-  result = verify(program.path_of('golden', _GOLDEN.value))
+  result = verify(program.path_of('--golden', _GOLDEN.value))
   print(json.dumps(result), flush=True)
   return 0 if result['ok'] else 1
 

@@ -145,6 +145,12 @@ def test_paths_that_no_file_can_have_are_a_sentence():
     program.workdir_of('x' * 300)
 
 
+def test_so_many_devices_for_a_layer_as_there_are_not():
+  load = program.loader('run', None, 3)
+  with pytest.raises(BadInput, match='--tensor=3: .* the 8 here'):
+    load()
+
+
 def test_a_sentence_is_one_line_whatever_is_in_it():
   def main():
     raise BadInput('--workdir=a\nb\x1b[0m\udcff\u00e9: no')

@@ -13,9 +13,9 @@ from latent_loop.inference import continuous
 from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Slots, cache_bytes, fill_deeper, new_cache
 from latent_loop.inference.decode import start_states
-from latent_loop.inference.engine import Engine, ExitRule, Request, asks_of, parse_cache
+from latent_loop.inference.engine import Answer, Engine, ExitRule, Request, asks_of, parse_cache
 from latent_loop.inference.sampling import Sampling, restrict
-from latent_loop.inference.text import request_of, text_of
+from latent_loop.inference.text import in_json, request_of, text_of
 from latent_loop.model.layers import Rows
 from latent_loop.tokenizer import Bytes
 from tests.tiny import V, mesh_of, random_params, tiny_model
@@ -269,6 +269,16 @@ def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed
   assert text(half) == ('a-', None) and text(dataclasses.replace(half, finish='length')) == ('a-\ufffd', 'length')
 
 
+def test_an_answer_in_json_ends_where_its_text_does_and_has_no_number_that_json_has_not():
+  answer = Answer([*'a-\u00e9b-c'.encode()], [-0.5, float('nan'), -2.0, *[-1.0] * 4], [*range(7)], 'length')
+  whole = in_json(Bytes(), answer)
+  assert (whole['text'], whole['finish'], whole['tokens']) == ('a-\u00e9b-c', 'length', answer.tokens)
+  until_stop = in_json(Bytes(), answer, ('b-', '\u00e9b'))
+  assert (until_stop['text'], until_stop['finish']) == ('a-', 'stop')
+  assert (until_stop['tokens'], until_stop['depths']) == ([*b'a-\xc3\xa9b'], [0, 1, 2, 3, 4])
+  assert until_stop['log_probs'] == [-0.5, None, -2.0, -1.0, -1.0]
+
+
 @pytest.mark.parametrize(
   'make,words',
   [
@@ -285,12 +295,15 @@ def test_text_ends_at_the_first_stop_string_and_holds_half_characters_back(mixed
     (lambda: Request((1,), 1, repetition_penalty=10**400), '--repetition_penalty=10'),
     (lambda: Request((1,), 1, repetition_penalty=1e-50), '--repetition_penalty=1e-50'),
     (lambda: ExitRule.parse('kl:x'), '--exit=kl:x'),
-    (lambda: ExitRule.parse('kl:-1'), 'a threshold is a number from 0 up'),
-    (lambda: ExitRule.parse('klx'), 'choose one of kl'),
-    (lambda: ExitRule.parse('kl:1:0'), 'min_depth=0'),
+    (lambda: ExitRule.parse('kl:-1'), '^--exit=kl:-1: a threshold is a number from 0 up, such as 5e-4$'),
+    (lambda: ExitRule.parse('klx'), '^--exit=klx: no such criterion; choose one of kl[^;]*$'),
+    (lambda: ExitRule.parse('kl:1:0'), '^--exit=kl:1: min_depth=0 is out of range; give a number from 1 to [0-9]*$'),
+    (lambda: ExitRule.parse('kl:1:' + 5000 * '1'), 'the rule is KIND'),
     (lambda: ExitRule.parse('kl:1:2:3:4'), 'more than four parts; the rule is KIND'),
     (lambda: parse_cache('ring:0', 4), '--cache=ring:0'),
     (lambda: parse_cache('half', 4), '--cache=half'),
+    (lambda: parse_cache('ring:' + 5000 * '1', 4), '--cache=ring:1'),
+    (lambda: parse_cache('ring:\u00b2', 4), '--cache=ring:'),
     (lambda: request_of(Bytes(), '\udcff', depth=1), 'not UTF-8 text'),
   ],
 )
@@ -307,6 +320,11 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(engine):
 def test_a_row_far_longer_than_in_training_is_refused(model, params):
   with pytest.raises(BadInput, match='a prompt of 2 tokens and --max_new_tokens=9 are more than 10 together'):
     Engine(model, params, mesh_of(), most_tokens=10).answer([ask((1, 2), max_new_tokens=9)])
+
+
+def test_a_depth_far_beyond_that_of_training_is_refused(model, params):
+  with pytest.raises(BadInput, match='--depth=9 is above 8, too far beyond'):
+    Engine(model, params, mesh_of(), 'ring:1', most_depth=8).answer([ask((1, 2), depth=9)])
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(engine):

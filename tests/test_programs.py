@@ -119,6 +119,7 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
     ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
     ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
+    ('lens', ['--workdir=/tmp/none', '--prompt=a', f'--output={300 * "x"}'], '--output=xxx'),
     ('figure', ['sweep', '--output=/tmp/none/x'], 'not a file in a folder that exists'),
     ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl does not exist; put there what launch.bench'),
     ('figure', ['study', '--output=/tmp/none'], '/tmp/none.json does not exist; give --run=DIR'),
@@ -132,6 +133,7 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('study', ['--study=README.md', '--workdir=/tmp/none'], 'it does not run'),
     ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
     ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
+    ('generate', ['--workdir=/tmp/none', f'--prompts={300 * "x"}'], '--prompts=xxx'),
     ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
   ],
 )
@@ -382,6 +384,8 @@ def test_evaluate_generate_and_lens(copy):
     devices=2,
   )
   assert result.returncode == 0 and result.stdout.startswith('1+1=')
+  result = launch('generate', f'--workdir={copy}', '--prompt=1+1=', '--depth=2', '--speculate=2:8')
+  assert result.returncode == 2 and '--speculate=2:8: a draft of 2 iterations saves none' in result.stderr
   result = launch('lens', f'--workdir={copy}', '--prompt=1+1=', f'--output={copy}/lens.html', devices=2)
   assert result.returncode == 0 and 'of 24 iterations on average' in result.stdout, result.stderr
   assert (copy / 'lens.html').read_text().startswith('<!doctype html>')

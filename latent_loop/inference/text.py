@@ -1,9 +1,11 @@
 """Text around the engine: prompts to requests, answers to text, stop strings."""
 
+import dataclasses
 from typing import Any
 
 from latent_loop.errors import BadInput
 from latent_loop.inference.engine import Answer, Request
+from latent_loop.metrics import finite
 from latent_loop.tokenizer import Tokenizer
 
 _BROKEN = '\ufffd'  # what a decoder shows for bytes that are no whole character
@@ -25,6 +27,14 @@ def text_of(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -
   """
   text, end = _up_to_stop(tokenizer, answer, stops)
   return text, answer.finish if end is None else 'stop'
+
+
+def in_json(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -> dict[str, Any]:
+  """The text as of `text_of` and the answer up to the token that completes its stop string, as JSON can write it."""
+  typist = Typist(tokenizer, stops)
+  text = ''.join(piece for piece, _ in typist.read(answer))
+  by_token = {name: vars(answer)[name][: typist.tokens] for name in ('tokens', 'log_probs', 'depths')}
+  return finite({'text': text, **dataclasses.asdict(answer), **by_token, 'finish': typist.finish})
 
 
 def _up_to_stop(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...]) -> tuple[str, int | None]:
