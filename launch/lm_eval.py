@@ -7,13 +7,14 @@ The arguments are those of the harness; tasks of your own: --include_path FOLDER
 import sys
 
 from latent_loop import optional
-from latent_loop.errors import BadInput
+from latent_loop.errors import BadInput, StoreFault
 from latent_loop.exit_codes import BAD_INPUT
-from launch import xla_flags
+from launch import program, xla_flags
 
 
 def main() -> None:
   xla_flags.forget_absent_tpus()
+  program.watch_stores()
   try:
     lm_eval = optional.load('lm_eval', 'interop', 'launch.lm_eval')
     from lm_eval.__main__ import cli_evaluate
@@ -28,7 +29,7 @@ def main() -> None:
         raise
       advice = '`lm-eval ls tasks` lists what it knows, and --include_path FOLDER adds your own'
       raise BadInput(f'--tasks: {str(error).splitlines()[0]}; {advice}') from error
-  except BadInput as error:
+  except (BadInput, StoreFault) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(BAD_INPUT)
 

@@ -244,13 +244,18 @@ def workdir_of(value: str | None, flag: str = '--workdir'):
 
   if not value:
     raise BadInput(f'{flag} is missing; give the folder of the run, such as runs/tiny_text')
+  watch_stores()
+  place = storage.path(value, flag)
+  return path_of(flag, value) if storage.is_local(place) else place
+
+
+def watch_stores() -> None:
+  """How this process deals with object stores; to be called before it names one."""
   # A connection on which nothing comes for so long counts as broken; TensorStore would wait for ever.
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '30')
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
   os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', '30')
   os.environ['EPATH_USE_TF'] = 'false'  # or etils takes an installed TensorFlow for gs://, and not latent_loop/storage
-  place = storage.path(value, flag)
-  return path_of(flag, value) if storage.is_local(place) else place
 
 
 def keep_compiled() -> None:

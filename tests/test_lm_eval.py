@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latent_loop.errors import BadInput
+from latent_loop.inference.engine import Answer
 from latent_loop.interop import from_hf, to_hf
 from tests.tiny import random_params, tiny_config, tiny_model
 
@@ -100,12 +101,73 @@ def test_one_unroll_answers_for_every_depth(model, monkeypatch):
   np.testing.assert_allclose(found[3][1], alone[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize('options', [{'depths': '1:0'}, {'depths': '1:4', 'depth': 2}, {'depth': 'deep'}])
+@pytest.mark.parametrize(
+  'options',
+  [{'depths': '1:0'}, {'depths': '1:4', 'depth': 2}, {'depth': 'deep'}, {'depths': 5000 * '9'}, {'depth': 5000}],
+)
 def test_depths_that_are_none_are_a_sentence(model, options):
   from latent_loop.interop.harness import LatentLoop
 
   with pytest.raises(BadInput, match='--model_args depth'):
     LatentLoop(str(model.workdir), **options)
+
+
+@pytest.mark.parametrize(
+  'options, words',
+  [
+    ({'dept': 2, 'exitt': 'kl'}, '--model_args dept=2: no such argument; choose from workdir, depth, depths, exit'),
+    ({'workdir': None}, '--model_args has no workdir; give'),
+    ({'workdir': 's3://bucket/run'}, '--model_args workdir=s3://bucket/run: '),
+    ({'batch_size': 0}, '--batch_size=0: no number from 1 to 4096'),
+    ({'batch_size': 'many'}, '--batch_size=many: no number'),
+    ({'batch_size': 5000 * '9'}, '--batch_size=9'),
+  ],
+)
+def test_arguments_that_are_none_are_a_sentence(model, options, words):
+  from latent_loop.interop.harness import LatentLoop
+
+  with pytest.raises(BadInput, match=words):
+    LatentLoop(**{'workdir': str(model.workdir), 'device': None, 'max_batch_size': None, **options})
+
+
+def test_the_size_of_batches_may_be_left_to_us(model):
+  from latent_loop.interop.harness import LatentLoop
+
+  assert LatentLoop(str(model.workdir), batch_size='auto', device=None, max_batch_size=None)._batch_size == 8
+
+
+def test_a_continuation_longer_than_a_row_is_scored_whole(model, monkeypatch):
+  """As the text behind the first letters is, whose rows begin at the same places."""
+  text = '0123456789' * 5
+  (whole,) = model.loglikelihood(asked(('', text)))
+  assert whole[0] == pytest.approx(model.loglikelihood_rolling(asked((text,)))[0], abs=1e-4)
+  counted = []
+  score = lambda rows: counted.extend(rows) or [{3: (-1.0, len(rows) > 3)}] * len(rows)
+  monkeypatch.setattr(model, '_score', score)
+  assert model.loglikelihood(asked(('c' * 30, 'd' * 50), ('c' * 30, 'd' * 19))) == [(-5.0, True), (-1.0, True)]
+  assert [len(tokens) - first for tokens, first in counted] == [10, 10, 10, 10, 10, 19]
+  assert all(len(tokens) == 20 for tokens, _ in counted)
+  assert model.loglikelihood(asked(('c', ''))) == [(0, True)]
+
+
+def test_a_continuation_that_its_context_swallows_is_scored(model, monkeypatch):
+  """Pairs of letters are tokens, and a space belongs to the word behind it."""
+  rows, tokens = [], {'p': [1], 'pq': [2], 'pqr': [2, 3], 'pq r': [2, 4], 'pq ': [2, 5]}
+  monkeypatch.setattr(model, '_tokens', tokens.__getitem__)
+  monkeypatch.setattr(model, '_score', lambda asked: rows.extend(asked) or [{3: (-1.0, True)}] * len(asked))
+  model.loglikelihood(asked(('p', 'q'), ('pq', 'r'), ('pq ', 'r'), ('pq', ' ')))
+  assert [told[first:] for told, first in rows] == [[2], [3], [4], [5]]
+
+
+def test_what_a_task_says_of_sampling_is_done(model, monkeypatch):
+  seen, said = [], Answer([97], [0.0], [3], 'length')
+  monkeypatch.setattr(model._engine, 'answer', lambda requests: seen.extend(requests) or [said] * len(requests))
+  rule = {'do_sample': True, 'temperature': 2.0, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.01, 'max_new_tokens': 12}
+  model.generate_until(asked(*[('ab', rule)] * 2, ('x', rule), ('ab', rule), ('ab', {'max_tokens': 3})))
+  drawn, greedy = seen[0], seen[4]
+  assert (drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p, drawn.max_new_tokens) == (2.0, 0.9, 40, 0.01, 12)
+  assert [request.seed for request in seen] == [0, 1, 0, 2, 0], 'each repeat has its own, what is not drawn has none'
+  assert (greedy.temperature, greedy.max_new_tokens) == (0.0, 3)
 
 
 def test_a_task_has_a_line_for_each_depth(model):

@@ -3,9 +3,10 @@
 depths=1:4:8 in the place of depth=N gives the results at each: texts are scored at all of them in one unroll.
 """
 
+import collections
 import functools
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, register_model
 
-from latent_loop import trained
+from latent_loop import storage, trained
+from latent_loop.config.rules import count_of
 from latent_loop.data import make_tokenizer
 from latent_loop.errors import BadInput
-from latent_loop.evals.depth import states_at
+from latent_loop.evals.depth import deepest, states_at
 from latent_loop.inference.engine import ExitRule, round_up
 from latent_loop.inference.text import request_of, text_of
 from latent_loop.model import Model, Params
@@ -25,8 +27,14 @@ from latent_loop.model.layers import Rows
 
 _NAME = 'latent_loop'
 _NEW_TOKENS = 256  # of an answer, where a task does not say
+_MOST_TOKENS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')  # what tasks call them
+_SAMPLING = {'top_p': float, 'top_k': int, 'min_p': float}
+_BATCH_SIZE, _MOST_ROWS = 8, 4096
+_MODEL_ARGS = ('workdir', 'depth', 'depths', 'exit')
+_HARNESS_ARGS = ('device', 'max_batch_size')  # which it gives to every model, and this one has no use for
 _BY_TASK = ('results', 'groups', 'configs', 'versions', 'n-shot', 'higher_is_better', 'n-samples', 'samples')
 
+Row = tuple[list[int], int]  # tokens, the first of them that is told
 Score = dict[int, tuple[float, bool]]  # by depth: nats, whether greedy decoding would say it
 
 
@@ -39,23 +47,33 @@ class LatentLoop(LM):
 
   def __init__(
     self,
-    workdir: str,
+    workdir: str | None = None,
     depth: int | None = None,
     depths: str | int | None = None,
     exit: str = 'none',
-    batch_size: int = 8,
-    **_: object,
+    batch_size: int | str = _BATCH_SIZE,
+    **others: object,
   ):
     super().__init__()
-    found = trained.load(Path(workdir))
+    self._batch_size = _batch_size_of(batch_size)
+    unknown = sorted(others.keys() - {*_HARNESS_ARGS})
+    if unknown:
+      known = ', '.join(_MODEL_ARGS)
+      raise BadInput(f'--model_args {unknown[0]}={others[unknown[0]]}: no such argument; choose from {known}')
+    if workdir is None:
+      raise BadInput('--model_args has no workdir; give the folder of a run, as workdir=runs/tiny_text,depth=8')
+    found = trained.load(storage.path(str(workdir), '--model_args workdir'))
     self._engine, self._tokenizer = trained.engine_of(found), make_tokenizer(found.config.data)
     self.depths = _depths_of(depth, depths, found.config.depth.mean)
     self.depth, self._exit = self.depths[0], ExitRule.parse(exit)
-    self._batch_size, self._width = int(batch_size), found.config.data.seq_len
+    self._width = max(found.config.data.seq_len, 2)  # a token and the one before it
     self._known: dict[tuple, Score] = {}  # what was asked -> the answers at all depths
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    """(nats of the continuation, whether greedy decoding would give it), the context cut at its left to fit a row."""
+    """(nats of the continuation, whether greedy decoding would give it), the context cut at its left to fit a row.
+
+    A continuation longer than a row is read in rows whose first half is context.
+    """
     return self._answers(requests, self._continuations)
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -69,56 +87,75 @@ class LatentLoop(LM):
     return [self._known[request.args][self.depth] for request in requests]
 
   def _continuations(self, asked: list[tuple[str, str]]) -> list[Score]:
-    pairs = []
+    rows = []
     for context, continuation in asked:
-      whole, start = self._tokens(context + continuation), len(self._tokens(context))
-      pairs.append(([self._tokenizer.bos, *whole], 1 + min(start, len(whole))))
-    return self._score(pairs)
+      tokens, first = self._behind(context, continuation)
+      cut = max(len(tokens) - self._width, 0)
+      rows.append([(tokens[cut:], first - cut)] if cut < first < len(tokens) else [*self._rows(tokens, first)])
+    return self._told(rows)
+
+  def _behind(self, context: str, continuation: str) -> tuple[list[int], int]:
+    """(the tokens of both, the first of the continuation); that one may have letters of the context before its own."""
+    words = context.rstrip()  # a tokenizer joins a space with the word behind it
+    continuation = context[len(words) :] + continuation
+    whole, before = self._tokens(words + continuation), self._tokens(words)
+    common = len(os.path.commonprefix([whole, before]))  # of lists too
+    first = min(common, len(whole) - 1) if continuation else len(whole)
+    return [self._tokenizer.bos, *whole], 1 + first
 
   def _texts(self, asked: list[tuple[str]]) -> list[Score]:
-    out = []
-    for (text,) in asked:
-      tokens, pairs, at = [self._tokenizer.bos, *self._tokens(text)], [], 1
-      while at < len(tokens):
-        begin = 0 if at == 1 else max(at - self._width // 2, 0)
-        end = min(begin + self._width, len(tokens))
-        pairs.append((tokens[begin:end], at - begin))
-        at = end
-      parts = self._score(pairs)
-      out.append({depth: (sum(part[depth][0] for part in parts), True) for depth in self.depths})
-    return out
+    return self._told([[*self._rows([self._tokenizer.bos, *self._tokens(text)], 1)] for (text,) in asked])
+
+  def _rows(self, tokens: list[int], first: int) -> Iterator[Row]:
+    """Rows that tell every token from `first` on once."""
+    while first < len(tokens):
+      begin = max(first - self._width // 2, 0)
+      end = min(begin + self._width, len(tokens))
+      yield tokens[begin:end], first - begin
+      first = end
+
+  def _told(self, asked: list[list[Row]]) -> list[Score]:
+    """What the rows of each text say together."""
+    scores = iter(self._score([row for rows in asked for row in rows]))
+    parts = [[next(scores) for _ in rows] for rows in asked]
+    both = lambda of: (float(sum(nats for nats, _ in of)), all(right for _, right in of))
+    return [{depth: both([part[depth] for part in one]) for depth in self.depths} for one in parts]
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """The text up to the first of a task's stop strings."""
-    out = []
+    """The text up to the first of a task's stop strings. What is asked several times is drawn anew each time."""
+    out, times = [], collections.Counter()
     for i in range(0, len(requests), self._batch_size):
-      group = [request.args for request in requests[i : i + self._batch_size]]
-      asked = [self._request(context, options) for context, options in group]
+      group, asked = [request.args for request in requests[i : i + self._batch_size]], []
+      for context, options in group:
+        asked.append(self._request(context, options, times[context]))
+        times[context] += 1
       for (_, options), answer in zip(group, self._engine.answer(asked), strict=True):
         until = options.get('until') or []
         out.append(text_of(self._tokenizer, answer, tuple([until] if isinstance(until, str) else until))[0])
     return out
 
-  def _request(self, context: str, options: dict):
-    drawn = options.get('do_sample', False)
+  def _request(self, context: str, options: dict, seed: int):
+    """options: of a task. One that gives a temperature alone draws too, as with the harness's own models."""
+    drawn = options.get('do_sample', float(options.get('temperature', 0.0)) > 0)
+    rule = {'temperature': float(options.get('temperature', 1.0)), 'seed': seed}
+    rule |= {name: kind(options[name]) for name, kind in _SAMPLING.items() if name in options}
     return request_of(
       self._tokenizer,
       context,
       depth=self.depth,
       exit=self._exit,
-      max_new_tokens=int(options.get('max_gen_toks', _NEW_TOKENS)),
-      temperature=float(options.get('temperature', 1.0)) if drawn else 0.0,
+      max_new_tokens=int(next((options[name] for name in _MOST_TOKENS if name in options), _NEW_TOKENS)),
+      **(rule if drawn else {}),
     )
 
   def _tokens(self, text: str) -> list[int]:
     return self._tokenizer.encode([text])[0].tolist()
 
-  def _score(self, pairs: list[tuple[list[int], int]]) -> list[Score]:
-    """For (tokens, first): nats and greediness of tokens[first:], each given those before it."""
+  def _score(self, asked: list[Row]) -> list[Score]:
+    """Nats and greediness of tokens[first:] of each row, each given those before it."""
     out = []
-    for i in range(0, len(pairs), self._batch_size):
-      rows = [(tokens[-self._width :], max(first - max(len(tokens) - self._width, 0), 1))
-              for tokens, first in pairs[i : i + self._batch_size]]  # fmt: skip
+    for i in range(0, len(asked), self._batch_size):
+      rows = asked[i : i + self._batch_size]
       tokens_BT = np.zeros((self._batch_size, round_up(max(len(tokens) for tokens, _ in rows))), np.int32)
       for row, (tokens, _) in zip(tokens_BT, rows, strict=False):
         row[: len(tokens)] = tokens
@@ -154,9 +191,18 @@ def _depths_of(depth: object, depths: object, mean: int) -> tuple[int, ...]:
     raise BadInput(f'--model_args depth={depth},depths={depths}: give one of the two')
   name, value = ('depth', depth) if depths is None else ('depths', depths)
   parts = str(value).split(':') if name == 'depths' else [str(mean if value is None else value)]
-  if not all(part.isdecimal() and 1 <= int(part) < 2**31 for part in parts):
-    raise BadInput(f'--model_args {name}={value}: the core runs at least once; give 1 or more, several as depths=1:4:8')
-  return tuple(sorted({int(part) for part in parts}))
+  found, most = {count_of(part) or 0 for part in parts}, deepest(mean)
+  if min(found) < 1 or max(found) > most:
+    raise BadInput(f'--model_args {name}={value}: no depth from 1 to {most}; give one, several as depths=1:4:8')
+  return tuple(sorted(found))
+
+
+def _batch_size_of(value: object) -> int:
+  """Of --batch_size, which may also be auto, or auto:N; raises BadInput."""
+  rows = _BATCH_SIZE if str(value).partition(':')[0] == 'auto' else count_of(str(value)) or 0
+  if not 1 <= rows <= _MOST_ROWS:
+    raise BadInput(f'--batch_size={value}: no number from 1 to {_MOST_ROWS}; give one, or auto, which is {_BATCH_SIZE}')
+  return rows
 
 
 def by_depth(evaluate: Callable) -> Callable:
@@ -169,7 +215,7 @@ def by_depth(evaluate: Callable) -> Callable:
   def run(model: Any, model_args: Any = None, batch_size: Any = None, **options: Any) -> dict[str, Any] | None:
     if model != _NAME or 'depths' not in (model_args or {}):
       return evaluate(model=model, model_args=model_args, batch_size=batch_size, **options)
-    lm = get_model(_NAME).create_from_arg_obj(model_args, {'batch_size': batch_size or 8})
+    lm = get_model(_NAME).create_from_arg_obj(model_args, {'batch_size': batch_size})
     merged: dict[str, Any] = {}
     for depth in lm.depths:
       lm.depth = depth
