@@ -14,6 +14,7 @@ from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.evals import exits as exit_eval
 from latent_loop.model import cost
+from latent_loop.parallel import memory
 from latent_loop.storage import Path
 from latent_loop.tokenizer import Tokenizer
 
@@ -29,9 +30,11 @@ def write_exits(
   """exits.json in the run's folder: what each exit rule saves and costs up to `depth`; (its path, the numbers).
 
   target_depth: also the rules that keep to this mean depth. difficulties: of a task, whose tokens are counted apart;
-  default those of training.
+  default those of training. Raises BadInput, also for a depth whose numbers do not fit the memory.
   """
   pieces, parts = parts_of(this.config, difficulties), {}
+  tokens = this.config.train.batch_size * this.config.eval.num_batches * this.config.data.seq_len
+  memory.check_unroll(exit_eval.num_bytes(depth, tokens), depth)
   evaluate = exit_eval.make_exit_eval(this.model, depth)
 
   def unroll(source: data.Source) -> dict[str, np.ndarray]:

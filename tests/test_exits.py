@@ -1,5 +1,7 @@
 """What an exit rule saves and costs, counted from one unroll."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from latent_loop.errors import BadInput
 from latent_loop.evals import exits as exit_eval
 from latent_loop.inference import exits as rules
 from latent_loop.model.cost import Cost
+from latent_loop.parallel import memory
 from latent_loop.tokenizer import Bytes
 from tests.tiny import T, random_batch, random_params, rows_of, tiny_config, tiny_model
 
@@ -21,6 +24,7 @@ def test_one_unroll_is_separate_runs():
   model, batch = tiny_model(), random_batch(rows=3)
   params, key = jax.tree.map(jnp.asarray, random_params(model)), jax.random.key(0)
   got = exit_eval.make_exit_eval(model, R)(params, batch, key)
+  assert sum(x.nbytes for x in got.values()) == exit_eval.num_bytes(R, 3 * T)
   rows = rows_of(batch)
 
   @jax.jit
@@ -40,6 +44,15 @@ def test_one_unroll_is_separate_runs():
   assert exit_eval.intervals(R) == (1, 2)
   np.testing.assert_allclose(value('kl', 1), kl(log_o), rtol=1e-2, atol=1e-6, err_msg='not of the last check')
   np.testing.assert_allclose(value('cosine', 1), value('cosine'))
+
+
+def test_a_depth_whose_numbers_do_not_fit_is_refused_before_it_is_reached(monkeypatch):
+  config = tiny_config()
+  tokens = config.train.batch_size * config.eval.num_batches * T
+  monkeypatch.setattr(memory, '_host_bytes', lambda: exit_eval.num_bytes(R, tokens))
+  memory.check_unroll(exit_eval.num_bytes(R, tokens), R)
+  with pytest.raises(BadInput, match=f'--depths={R + 1}: .* ask for less'):
+    calibration.write_exits(SimpleNamespace(config=config), None, None, R + 1)
 
 
 def test_tokens_stop_at_the_first_value_under_the_threshold():

@@ -28,6 +28,12 @@ def intervals(depth: int) -> tuple[int, ...]:
   return tuple(every for every in _INTERVALS if every == 1 or every < depth)
 
 
+def num_bytes(depth: int, tokens: int) -> int:
+  """What the numbers of so many tokens up to `depth` take: a loss, whether it is right, a value of each criterion."""
+  values = len(intervals(depth)) * (len(rules.CRITERIA) - 1)
+  return depth * tokens * (4 + 1 + 4 * values)
+
+
 def make_exit_eval(model: Model, depth: int) -> Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]:
   """(params, batch, key) -> nll_RBT, right_RBT and values_RBTEC at depths 1 to `depth`.
 

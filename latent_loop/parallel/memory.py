@@ -44,6 +44,16 @@ def check_cache(needed: int) -> None:
     )
 
 
+def check_unroll(needed: int, depth: int) -> None:
+  """Raises BadInput when the numbers of an unroll, `needed` bytes, are more than this process's memory."""
+  capacity = _host_bytes()
+  if needed > capacity:
+    raise BadInput(
+      f'--depths={depth}: what every validation token does at each depth takes {_gib(needed)}, and the machine has '
+      f'{_gib(capacity)}; ask for less'
+    )
+
+
 def _device_bytes() -> int:
   """Of one device of this process; the devices of a CPU share its memory."""
   stats = jax.local_devices()[0].memory_stats() or {}
