@@ -27,7 +27,7 @@ from latent_loop.parallel import mesh as meshes
 from latent_loop.report import depth_report
 from latent_loop.step import TrainState, make_sharded_state
 from latent_loop.storage import Path
-from latent_loop.tokenizer import Bytes
+from latent_loop.tokenizer import Bytes, Tokenizer
 from latent_loop.trust import guards
 from latent_loop.workdir import read_config
 
@@ -152,6 +152,12 @@ def write_depth_report(trained: Trained, workdir: Path, numbers: dict[str, Any])
   """depth_report.json, .png and .html in the run's folder."""
   curve = read_lines(workdir / 'metrics.jsonl')
   return depth_report.write(workdir, trained.config.name, numbers, curve)
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+  """None where the model does not know its tokens: text is bytes to a checkpoint of others without tokenizer.json."""
+  tokenizer = data.make_tokenizer(config.data)
+  return tokenizer if tokenizer.bos < config.model.vocab_size else None
 
 
 def engine_of(trained: Trained, cache: str = 'full', **options: Any) -> Engine:

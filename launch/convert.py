@@ -40,7 +40,7 @@ def main(verb: str) -> int:
 
 def _make(verb: str, folder: Path) -> int:
   """A run's folder from one of theirs."""
-  from latent_loop.interop.from_hf import DATA, take_in
+  from latent_loop.interop.from_hf import DATA, next_step, take_in
   from latent_loop.interop.retrofit import retrofit
 
   if verb == 'from_hf':
@@ -49,7 +49,7 @@ def _make(verb: str, folder: Path) -> int:
   else:
     workdir = program.workdir_of(_OUTPUT.value, '--output')
     config = retrofit(folder, workdir, _LAYERS.value)
-  print(f'{workdir}: step 0 of a run; python -m launch.generate --workdir={workdir} --prompt=TEXT')
+  print(next_step(folder, workdir, config))
   if config.data.source == 'parquet':
     print(f'launch.evaluate reads parquet files of token ids from {workdir / DATA}; put some there')
   return 0

@@ -53,11 +53,10 @@ def main() -> int:
   if _CHAT.value:
     return _chat(load)
   asked = _json_lines() if _PROMPTS.value == '-' else [{'prompt': prompt} for prompt in _prompts()]
-  from latent_loop import data, trained
+  from latent_loop import trained
 
   program.keep_compiled()
-  model = load()
-  tokenizer = data.make_tokenizer(model.config.data)
+  model, tokenizer = load()
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
   engine = trained.engine_of(model, **_way(min((request.depth for request in requests), default=1)))
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
@@ -72,13 +71,12 @@ def main() -> int:
 
 
 def _chat(load) -> int:
-  from latent_loop import data, trained
+  from latent_loop import trained
   from latent_loop.serving import repl
 
   _standard_input()  # input() reads it
   program.keep_compiled()
-  model = load()
-  tokenizer = data.make_tokenizer(model.config.data)
+  model, tokenizer = load()
   like = _request(tokenizer, {'prompt': ''}, model.config.depth.mean)
   make = lambda tokens: dataclasses.replace(like, tokens=tokens)
   shade = sys.stdout.isatty() and not os.environ.get('NO_COLOR')

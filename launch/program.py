@@ -291,7 +291,10 @@ def local_path_of(flag: str, value: str) -> Path:
 
 
 def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:
-  """() -> the model of --workdir or --hf, on the devices; raises BadInput at once where both or none are given."""
+  """() -> (the model of --workdir or --hf on the devices, its tokenizer).
+
+  Raises BadInput, at once where both or none are given.
+  """
   from latent_loop.errors import BadInput
 
   if workdir is not None and hf is not None:
@@ -309,7 +312,15 @@ def loader(workdir: str | None, hf: str | None, tensor: int) -> Callable:
         f'--tensor={tensor}: so many devices share each layer, and the {jax.device_count()} here make no whole number '
         'of such groups; give a divisor'
       )
-    return (trained.load if hf is None else from_hf.load)(place, tensor)
+    model = (trained.load if hf is None else from_hf.load)(place, tensor)
+    tokenizer = trained.tokenizer_of(model.config)
+    if tokenizer is None:
+      again = 'in the --hf folder that it was made from, and make it again' if hf is None else 'there'
+      raise BadInput(
+        f'{place}: its text is bytes and their begin, 257 token ids, and {model.config.model.vocab_size} are known; '
+        f'put its own tokenizer.json {again}'
+      )
+    return model, tokenizer
 
   return load
 

@@ -30,14 +30,14 @@ def main() -> int:
   load = program.loader(_WORKDIR.value, _HF.value, _TENSOR.value)
   for package in ('starlette', 'uvicorn'):
     optional.load(package, 'server', 'launch.serve')
-  from latent_loop import data, trained
+  from latent_loop import trained
   from latent_loop.inference.board import Board
   from latent_loop.serving import server
   from latent_loop.serving.fields import Limits
 
   program.keep_compiled()
   listener = server.listen(_HOST.value, _PORT.value)
-  model = load()
+  model, tokenizer = load()
   config = model.config
   max_depth = 2 * config.depth.mean if _DEPTH.value is None else _DEPTH.value
   board = Board(trained.engine_of(model, _CACHE.value), _SLOTS.value, max_depth, _TOTAL.value)
@@ -47,7 +47,6 @@ def main() -> int:
     f'{config.name}, step {model.step}, at http://{host}:{port} ({_SLOTS.value} slots of {_TOTAL.value} tokens, cache: '
     f'{board.nbytes / 1e6:.1f} MB)'
   )
-  tokenizer = data.make_tokenizer(config.data)
   server.run(board, tokenizer, limits, _QUEUE.value, listener, lambda: print(ready, flush=True))
   return 0
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from latent_loop import workdir
+from latent_loop import trained, workdir
 from latent_loop.chaos import accidents, drawn, inputs
 from latent_loop.chaos.drawn import Edit, Input
 from latent_loop.chaos.forks import Ended, Programs
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
-from latent_loop.interop import files
+from latent_loop.interop import files, from_hf
 from latent_loop.metrics import JsonLines, read_lines
 from latent_loop.parallel import memory
 from latent_loop.report import depth_report
@@ -149,6 +150,18 @@ def test_so_many_devices_for_a_layer_as_there_are_not():
   load = program.loader('run', None, 3)
   with pytest.raises(BadInput, match='--tensor=3: .* the 8 here'):
     load()
+
+
+def test_a_model_that_came_without_its_tokenizer_is_a_sentence(monkeypatch):
+  found = SimpleNamespace(config=tiny_config())
+  monkeypatch.setattr(trained, 'load', lambda place, tensor: found)
+  monkeypatch.setattr(from_hf, 'load', lambda place, tensor: found)
+  with pytest.raises(BadInput, match='^run: .* 68 are known; put its own tokenizer.json in the --hf folder'):
+    program.loader('run', None, 1)()
+  with pytest.raises(BadInput, match='^folder: .* put its own tokenizer.json there'):
+    program.loader(None, 'folder', 1)()
+  found.config = tiny_config(**{'model.vocab_size': 264})
+  assert program.loader('run', None, 1)()[1].vocab_size == 264
 
 
 def test_a_sentence_is_one_line_whatever_is_in_it():

@@ -111,6 +111,12 @@ def test_nothing_is_overwritten(there_and_back, tmp_path):
       call()
 
 
+def test_what_was_made_says_how_to_use_it_where_it_can_be_used():
+  said = lambda vocab_size: from_hf.next_step('hf', 'run', tiny_config(**{'model.vocab_size': vocab_size}))
+  assert said(264) == 'run: step 0 of a run; python -m launch.generate --workdir=run --prompt=TEXT'
+  assert 'cannot read text, since hf has no tokenizer.json; put it there, remove run' in said(68)
+
+
 @pytest.mark.slow
 def test_the_byte_tokenizer_reads_as_bytes(there_and_back):
   path = there_and_back[2] / tokenizer_files.TOKENIZER

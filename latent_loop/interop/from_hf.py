@@ -86,6 +86,14 @@ def around(model: ModelConfig, depth: DepthConfig, folder: Path, workdir: Path, 
   return Config(name=folder.absolute().name, model=model, depth=depth, data=data, train=train)
 
 
+def next_step(folder: Path, workdir: storage.Path, config: Config) -> str:
+  """A line on the run that was made of `folder`: the command that uses it, or what it lacks for that."""
+  if trained.tokenizer_of(config) is None:
+    missing = f'{folder} has no tokenizer.json; put it there, remove {workdir}, start again'
+    return f'{workdir}: step 0 of a run that cannot read text, since {missing}'
+  return f'{workdir}: step 0 of a run; python -m launch.generate --workdir={workdir} --prompt=TEXT'
+
+
 def _copy_tokenizer(folder: Path, workdir: Path) -> None:
   for name in (tokenizer_files.TOKENIZER, tokenizer_files.ABOUT):
     if (folder / name).is_file():
