@@ -53,8 +53,13 @@ class Decoding:
 
 def start_states(model: Model, asks: Asks, positions_BT: jax.Array) -> jax.Array:
   """s_0 of tokens at these positions, from the row's seed and the position alone."""
-  row = lambda seed, ids_T: model.init_state(jax.random.fold_in(jax.random.key(_STATE), seed), ids_T, 1)[:, 0]
-  s_BTD = jax.vmap(row)(asks.sampling.seed_B, positions_BT)
+  key = lambda seed: jax.random.fold_in(jax.random.key(_STATE), seed)
+  return states_of(model, asks, jax.vmap(key)(asks.sampling.seed_B), positions_BT)
+
+
+def states_of(model: Model, asks: Asks, keys_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """Initial states by the key of a row and the position."""
+  s_BTD = jax.vmap(lambda key, ids_T: model.init_state(key, ids_T, 1)[:, 0])(keys_B, positions_BT)
   return s_BTD * asks.noise_B[:, None, None].astype(s_BTD.dtype)
 
 

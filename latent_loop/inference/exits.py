@@ -62,13 +62,21 @@ class Memory:
 def look(memory: Memory, before_BD: jax.Array, s_BD: jax.Array) -> tuple[Memory, jax.Array]:
   """(memory, [B, latent criteria] values) of the iteration that led from one state to the next."""
   before_BD, s_BD = before_BD.astype(jnp.float32), s_BD.astype(jnp.float32)
-  norm = lambda x_BD: jnp.maximum(jnp.linalg.norm(x_BD, axis=-1), _SMALL)
   move_BD = s_BD - before_BD
-  change_B = norm(move_BD) / norm(s_BD)
-  cosine_B = 1 - jnp.sum(s_BD * before_BD, axis=-1) / (norm(s_BD) * norm(before_BD))
-  turn_B = norm(move_BD - memory.move_BD) / norm(s_BD)
+  cosine_B = 1 - jnp.sum(s_BD * before_BD, axis=-1) / (_norm(s_BD) * _norm(before_BD))
+  turn_B = _norm(move_BD - memory.move_BD) / _norm(s_BD)
   memory = dataclasses.replace(memory, move_BD=move_BD)
-  return memory, jnp.stack([change_B, cosine_B, turn_B], axis=-1)
+  return memory, jnp.stack([moved(before_BD, s_BD), cosine_B, turn_B], axis=-1)
+
+
+def moved(before: jax.Array, s: jax.Array) -> jax.Array:
+  """How far states [..., D] moved, relative to their length."""
+  before, s = before.astype(jnp.float32), s.astype(jnp.float32)
+  return _norm(s - before) / _norm(s)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+  return jnp.maximum(jnp.linalg.norm(x, axis=-1), _SMALL)
 
 
 def read(memory: Memory, logits_BV: jax.Array, due_B: jax.Array) -> tuple[Memory, jax.Array]:

@@ -18,13 +18,13 @@ import numpy as np
 
 from latent_loop.errors import BadInput
 from latent_loop.inference.cache import Cache
-from latent_loop.inference.decode import Asks, Decoding, note, start_states
+from latent_loop.inference.decode import Asks, Decoding, note, start_states, states_of
+from latent_loop.inference.exits import moved
 from latent_loop.inference.sampling import draw, keys_of
 from latent_loop.inference.think import Feed, embed, iterate, speak_all
 from latent_loop.model import Model, Params
 
 _NOISE = 5  # random numbers for noise; sampling.py and speculate.py have 0 to 4
-_SMALL = 1e-10
 _MOST = 4096
 
 
@@ -113,7 +113,8 @@ def _step(model: Model, params: Params, front: Front, asks: Asks, numbers) -> Fr
   e_BWD, prelude = embed(model, params, this.cache.prelude, feed, fresh=False)
   e_BWD = jnp.where((front.t_BW > 0)[..., None], _blend(e_BWD, front.e_BWD, momentum), e_BWD)
   share_BW = noise / (1 + front.t_BW)
-  mixed = lambda s_BWD: _blend(s_BWD, _noise(model, asks, front, positions_BW), share_BW[..., None])
+  keys_B = keys_of(_NOISE, asks.sampling, front.steps_B)  # other ones at each step
+  mixed = lambda s_BWD: _blend(s_BWD, states_of(model, asks, keys_B, positions_BW), share_BW[..., None])
   s_BWD = jax.lax.cond(noise > 0, mixed, lambda s_BWD: s_BWD, front.s_BWD)
   # The head makes the row's depth and no more.
   count_BW = jnp.where(index_1W == 0, jnp.minimum(inner, depth_B - front.head_B)[:, None], inner)
@@ -123,7 +124,7 @@ def _step(model: Model, params: Params, front: Front, asks: Asks, numbers) -> Fr
   seen_BWV = seen_so_far(this.seen_BV, front.tokens_BW)
   said_BW = jax.vmap(draw, in_axes=(1, 1, None, 1), out_axes=1)(logits_BWV, seen_BWV, asks.sampling, positions_BW + 1)
   head_B = front.head_B + count_BW[:, 0]
-  settled_BW = (_moved(front.s_BWD, s_BWD) < threshold) | (index_1W == 0) & (head_B >= depth_B)[:, None]
+  settled_BW = (moved(front.s_BWD, s_BWD) < threshold) | (index_1W == 0) & (head_B >= depth_B)[:, None]
   # What was computed from another token than the one before says now is not settled, however still it stands.
   asked_BW = jnp.pad(front.tokens_BW[:, 1:] == said_BW[:, :-1], ((0, 0), (1, 0)), constant_values=True)
   leaves_B = jnp.sum(jnp.cumprod(real_BW & settled_BW & asked_BW, axis=1), axis=1)
@@ -154,7 +155,7 @@ def _advance(model: Model, front: Front, asks: Asks, said_BW: jax.Array, leaves_
   W = said_BW.shape[1]
   index_1W = jnp.arange(W)[None]
   from_BW = index_1W + leaves_B[:, None]
-  moved = lambda x, at_BW: jnp.take_along_axis(
+  shifted = lambda x, at_BW: jnp.take_along_axis(
     x, at_BW.reshape(*at_BW.shape, *[1] * (x.ndim - 2)).clip(0, W - 1), axis=1
   )
   new_head_B = leaves_B > 0
@@ -162,10 +163,10 @@ def _advance(model: Model, front: Front, asks: Asks, said_BW: jax.Array, leaves_
   first_BWD = start_states(model, asks, front.decoding.position_B[:, None] + index_1W)
   return Front(
     front.decoding,
-    jnp.where(index_1W == 0, front.decoding.token_B[:, None], moved(said_BW, from_BW - 1)),
-    jnp.where(fresh_BW[..., None], first_BWD, moved(front.s_BWD, from_BW)),
-    moved(front.e_BWD, from_BW),
-    jnp.where(fresh_BW, 0, moved(front.t_BW, from_BW)),
+    jnp.where(index_1W == 0, front.decoding.token_B[:, None], shifted(said_BW, from_BW - 1)),
+    jnp.where(fresh_BW[..., None], first_BWD, shifted(front.s_BWD, from_BW)),
+    shifted(front.e_BWD, from_BW),
+    jnp.where(fresh_BW, 0, shifted(front.t_BW, from_BW)),
     jnp.minimum(front.size_B - leaves_B + 1, W),
     jnp.where(new_head_B, 0, front.head_B),
     front.steps_B,
@@ -174,19 +175,6 @@ def _advance(model: Model, front: Front, asks: Asks, said_BW: jax.Array, leaves_
 
 def _blend(new: jax.Array, old: jax.Array, share: jax.Array) -> jax.Array:
   return new + jnp.asarray(share, new.dtype) * (old - new)
-
-
-def _noise(model: Model, asks: Asks, front: Front, positions_BW: jax.Array) -> jax.Array:
-  """As initial states, other ones at each step."""
-  keys_B = keys_of(_NOISE, asks.sampling, front.steps_B)
-  noise_BWD = jax.vmap(lambda key, ids_W: model.init_state(key, ids_W, 1)[:, 0])(keys_B, positions_BW)
-  return noise_BWD * asks.noise_B[:, None, None].astype(noise_BWD.dtype)
-
-
-def _moved(before_BWD: jax.Array, s_BWD: jax.Array) -> jax.Array:
-  before_BWD, s_BWD = before_BWD.astype(jnp.float32), s_BWD.astype(jnp.float32)
-  norm = lambda x_BWD: jnp.linalg.norm(x_BWD, axis=-1)
-  return norm(s_BWD - before_BWD) / jnp.maximum(norm(s_BWD), _SMALL)
 
 
 def seen_so_far(seen_BV: jax.Array, tokens_BW: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_loop.errors import BadInput
-from latent_loop.inference import exits as rules
 from latent_loop.inference.cache import Cache, Slots, new_cache
 from latent_loop.inference.decode import begin, go_on
 from latent_loop.inference.engine import ExitRule, Request, asks_of
@@ -90,14 +89,7 @@ def _greedy(
 
 
 def _adaptive_steps(model: Model, params: Params, tokens_T: Iterable[int], rule: ExitRule) -> list[int]:
-  one = lambda value, dtype: jnp.array([value], dtype)
-  exits = Exits(
-    one(rules.CRITERIA.index(rule.kind), jnp.int32),
-    one(rule.value, jnp.float32),
-    one(rule.min_depth, jnp.int32),
-    one(rule.every, jnp.int32),
-    one(MAX_DEPTH, jnp.int32),
-  )
+  exits = asks_of([Request((0,), MAX_DEPTH, exit=rule)]).exits
   return np.asarray(_walk(model, params, jnp.asarray(tokens_T, jnp.int32), exits)).tolist()
 
 
