@@ -296,7 +296,7 @@ def test_an_answer_in_json_ends_where_its_text_does_and_has_no_number_that_json_
     (lambda: Request((1,), 1, repetition_penalty=1e-50), '--repetition_penalty=1e-50'),
     (lambda: ExitRule.parse('kl:x'), '--exit=kl:x'),
     (lambda: ExitRule.parse('kl:-1'), '^--exit=kl:-1: a threshold is a number from 0 up, such as 5e-4$'),
-    (lambda: ExitRule.parse('klx'), '^--exit=klx: no such criterion; choose one of kl[^;]*$'),
+    (lambda: ExitRule.parse('klx'), "^--exit='klx': no such criterion; choose one of kl[^;]*$"),
     (lambda: ExitRule.parse('kl:1:0'), '^--exit=kl:1: min_depth=0 is out of range; give a number from 1 to [0-9]*$'),
     (lambda: ExitRule.parse('kl:1:' + 5000 * '1'), 'the rule is KIND'),
     (lambda: ExitRule.parse('kl:1:2:3:4'), 'more than four parts; the rule is KIND'),

@@ -46,7 +46,7 @@ class ExitRule:
 
   def __post_init__(self):
     known = ', '.join(rules.CRITERIA)
-    _require(self.kind in rules.CRITERIA, f'--exit={self.kind}: no such criterion; choose one of {known}')
+    _require(self.kind in rules.CRITERIA, f'--exit={self.kind!r}: no such criterion; choose one of {known}')
     rule = f'--exit={self.kind}:{self.value:g}'
     _require(math.isfinite(self.value) and self.value >= 0, f'{rule}: a threshold is a number from 0 up, such as 5e-4')
     for name in ('min_depth', 'every'):
