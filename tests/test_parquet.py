@@ -80,6 +80,18 @@ def test_without_folders_for_splits_the_last_rows_are_held_out(tmp_path):
     assert (len(train), len(validation)) == (45, 5) and got == [row[:-1] for row in rows]
 
 
+def test_beside_a_folder_train_nothing_else_is_trained_on(tmp_path):
+  """A test set, and a validation set that has not come yet."""
+  rows = random_rows(60)
+  for folder, part in (('train', rows[:40]), ('test', rows[40:])):
+    (tmp_path / folder).mkdir()
+    write(tmp_path / folder / 'a.parquet', part)
+  (tmp_path / 'val').mkdir()
+  train, validation = (rows_of(tmp_path, split=split, validation_fraction=0.1) for split in ('train', 'validation'))
+  got = [one[i]['tokens_BT'].tolist() for one in (train, validation) for i in range(len(one))]
+  assert (len(train), len(validation)) == (36, 4) and got == [row[:-1] for row in rows[:40]]
+
+
 @pytest.mark.slow
 def test_two_steps_of_training_without_preparation(folder, tmp_path, capsys):
   config = config_of(folder, folder / 'train' / '0001.parquet', weights=(0.75, 0.25))

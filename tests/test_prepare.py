@@ -1,7 +1,9 @@
 """Preparation: documents once or counted as dropped; the same bytes whatever happened; faults by file and record."""
 
+import concurrent.futures
 import dataclasses
 import gzip
+import io
 import json
 import os
 import random
@@ -178,6 +180,82 @@ def test_lines_cut_anywhere_are_read_once(corpus, seed):
   assert [d for part in parts for d in reading.documents(part, 'text', 2**20)] == whole and len(whole) == 46
 
 
+def test_a_part_inside_a_long_line_ends_where_it_ends(tmp_path):
+  """Reading the rest of a line of 20 GB in each of its parts, whole, would take the memory and the day."""
+
+  class File(io.BytesIO):
+    def readline(self, size=-1):
+      line = super().readline(size)
+      sizes.append(len(line))
+      return line
+
+  content, sizes = b'x' * 100_000 + b'\n{"text": "b c"}\n', []
+  file = inputs.File(0, str(tmp_path / 'x.jsonl'), 'lines', 0, len(content), '')
+  parts = [inputs.Part(file, a, min(a + 9000, len(content)), 9000) for a in range(9000, len(content), 9000)]
+  found = [d for part in parts for d in reading._lines(File(content), part, 'text', 100)]
+  assert [(d.text, d.place) for d in found] == [(b'b c', 100_001)]
+  assert sum(sizes) < 2 * len(content) and max(sizes) < 9000
+
+
+def test_links_are_followed_once_and_one_to_nowhere_is_no_file(tmp_path):
+  text = 'words enough for a document, and a few more'
+  (tmp_path / 'in/deep').mkdir(parents=True)
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'in/deep/a.txt').write_text(f'{text} a')
+  (tmp_path / 'elsewhere/b.txt').write_text(f'{text} b')
+  (tmp_path / 'in/link').symlink_to(tmp_path / 'elsewhere')
+  (tmp_path / 'in/deep/back').symlink_to(tmp_path / 'in')
+  (tmp_path / 'in/nowhere.txt').symlink_to(tmp_path / 'nothing')
+  files, others = inputs.find([str(tmp_path / 'in')])
+  assert [os.path.relpath(file.path, tmp_path / 'in') for file in files] == ['deep/a.txt', 'link/b.txt'] and not others
+
+
+def test_a_name_that_looks_like_a_glob_is_the_file_of_that_name(tmp_path):
+  for name in ('w[1].txt', 'w1.txt'):
+    (tmp_path / name).write_text('')
+  assert [file.path for file in inputs.find([f'{tmp_path}/w[1].txt'])[0]] == [f'{tmp_path}/w[1].txt']
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  scandir = os.scandir
+
+  def closed(path):
+    if str(path).endswith('secret'):
+      raise PermissionError(13, 'Permission denied', path)
+    return scandir(path)
+
+  (tmp_path / 'secret').mkdir()
+  monkeypatch.setattr(os, 'scandir', closed)
+  with pytest.raises(BadInput, match=r'secret: cannot be read \(Permission denied\); change its rights'):
+    inputs.find([str(tmp_path)])
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
+  path = tmp_path / 'a.jsonl'
+  lines = [json.dumps({'text': f'a document of {i} words and enough letters to be kept'}) + '\n' for i in range(40)]
+  path.write_text(''.join(lines))
+  find = inputs.find
+
+  def then_rewritten(patterns):
+    found = find(patterns)
+    path.write_text(''.join(lines[:3]))
+    return found
+
+  monkeypatch.setattr(run.inputs, 'find', then_rewritten)
+  with pytest.raises(BadInput, match='a.jsonl: changed while it was read; wait until nobody writes it'):
+    prepare(tmp_path, path)
+
+
+def test_two_that_do_one_unit_at_once_leave_one_whole_mark(tmp_path):
+  counts = {'files': {'0': {'documents': 3}}}
+  write = lambda: [units.write_mark(tmp_path, 'key', tmp_path, [], counts) for _ in range(150)]
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    for one in [pool.submit(write) for _ in range(3)]:
+      one.result()
+  assert units.mark_of(tmp_path, 'key')['files'] == counts['files']
+  assert os.listdir(tmp_path) == ['key.json']
+
+
 def test_a_line_too_long_is_passed_over_and_counted(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text(json.dumps({'text': 'a' * 9000}) + '\n' + json.dumps({'text': 'b c'}) + '\n')
@@ -281,6 +359,7 @@ def test_two_preparations_of_one_folder_do_not_mix(corpus, tmp_path):
     run.prepare(request_of(corpus, tmp_path / 'out'), lambda line: None)
 
 
+IDS_64 = pyarrow.array([[2**63] * 9], pyarrow.list_(pyarrow.uint64()))
 BAD = {
   'not UTF-8': ('x.txt', b'caf\xe9 ' * 20, r'x.txt, the whole file: not UTF-8 text \(byte 3'),
   'a line not UTF-8': ('x.jsonl', b'{"text": "a"}\n{"text": "' + b'\xe9a ' * 20 + b'"}\n', 'at byte 14: not UTF-8'),
@@ -295,6 +374,7 @@ BAD = {
   'column not text': ('x.parquet', {'text': [['a', 'b']]}, "column 'text' is list<.*>, neither text nor lists of tok"),
   'an id too large': ('x.parquet', {'text': [[5] * 9, [*[5] * 9, 264]]}, 'row 1: token 9 is 264, and the ids'),
   'a negative id': ('x.parquet', {'text': [[-3] * 9]}, 'x.parquet, row 0: token 0 is -3'),
+  'an id of 64 bits': ('x.parquet', {'text': IDS_64}, 'x.parquet, row 0: token 0'),
   'an id that is null': ('x.parquet', {'text': [[1] * 8 + [None]]}, 'x.parquet, row 0: token 8 is -1'),
   'no arrow': ('x.arrow', b'ARROW1 and so on', 'x.arrow: not a whole Arrow stream, after row -1'),
   'an empty arrow': ('x.arrow', b'', 'x.arrow: not a whole Arrow stream'),

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -430,6 +432,22 @@ def test_a_missing_file_of_an_array_is_named_before_training_and_in_it(arrays, t
     data.make_source(config_of(copy))
   with pytest.raises(BadInput, match='train-00000.zarr(, record 4: .*NOT_FOUND|/zarr.json: cannot be used)'):
     [rows[i] for i in range(len(rows))]
+
+
+def test_shards_stay_within_the_files_that_a_process_may_open(folder, monkeypatch):
+  """A reader that is closed is opened again; an index keeps no file open."""
+  used, limit = lambda: len(os.listdir('/proc/self/fd')), resource.getrlimit(resource.RLIMIT_NOFILE)
+  monkeypatch.setattr(resource, 'getrlimit', lambda kind: (16, limit[1]))
+  found = manifest.read(folder)
+  stream, before = Stream(folder, found, 'train'), used()
+  assert len(found.of('train')) > 3
+  ends = np.concatenate([*stream.document_ends()])
+  assert used() == before
+  tokens = [stream.read(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+  assert used() <= before + 2
+  monkeypatch.setattr(resource, 'getrlimit', lambda kind: (resource.RLIM_INFINITY, limit[1]))
+  many = Stream(folder, found, 'train')
+  assert np.array_equal(np.concatenate(tokens), many.read(0, len(many)))
 
 
 def test_a_token_past_the_vocabulary_is_named_by_file_and_record(copy):

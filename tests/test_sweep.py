@@ -10,6 +10,7 @@ from latent_loop import loop, sweep
 from latent_loop.errors import BadInput
 from latent_loop.exit_codes import DONE, PREEMPTED
 from latent_loop.model import build, cost, depth
+from latent_loop.sealing import to_json
 from tests.tiny import B, D, K, T, tiny_config
 
 STEP = B * T  # tokens
@@ -90,6 +91,19 @@ def test_law_is_found_again_and_noise_widens_it():
 def test_too_few_runs_have_no_law():
   assert sweep.fit(_results(0)[:3]) is None
   assert sweep.fit(_results(0)[:1]) is None
+
+
+def test_a_run_that_was_made_under_another_law_is_not_taken_for_this_one(tmp_path, monkeypatch):
+  """Its loss would stand beside the price of another; where it runs, and on how many devices, may change."""
+  monkeypatch.setattr(loop, 'run', lambda config, place: pytest.fail('it began'))
+  cells = sweep.grid(tiny_config(), (), (2, 4), ())
+  (tmp_path / sweep.name_of(cells[1])).mkdir()
+  (tmp_path / sweep.name_of(cells[1]) / 'config.json').write_text(to_json(cells[1].config))
+  for changed in ({'depth.backprop_depth': 1}, {'eval.num_batches': 3}):
+    with pytest.raises(BadInput, match=f'belongs to another config: {next(iter(changed))} was'):
+      list(sweep.run(sweep.grid(tiny_config(**changed), (), (2, 4), ()), tmp_path))
+  monkeypatch.setattr(loop, 'run', lambda config, place: PREEMPTED)
+  assert len(list(sweep.run(sweep.grid(tiny_config(**{'mesh.fsdp': 2}), (), (2, 4), ()), tmp_path))) == 1
 
 
 def test_sweep_ends_where_a_run_is_cut_off_and_goes_on(tmp_path, monkeypatch):
