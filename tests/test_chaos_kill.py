@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -123,6 +126,34 @@ def test_kills_are_spread_over_the_moments():
   assert [moments.count(moment) for moment in (kill.inside_a_save, kill.after_some_steps, kill.while_starting)] == [
     10, 5, 5,
   ]  # fmt: skip
+
+
+def test_a_save_that_ends_while_it_is_looked_at_is_none_to_kill_in(monkeypatch):
+  """A process is stopped before it is looked at for the last time, goes on to its next save, and dies there."""
+  signals, killpg = [], os.killpg
+
+  def note(group, number):
+    signals.append(number)
+    killpg(group, number)
+
+  class Sleeper(kill.Start):
+    newest_before = -1
+    folder = types.SimpleNamespace(steps=list)
+
+    def __init__(self):
+      self._process = subprocess.Popen(['sleep', '60'], start_new_session=True)
+
+    def saving(self):
+      return [2] if signal.SIGCONT in signals else [] if signals else [1]
+
+  monkeypatch.setattr(os, 'killpg', note)
+  with Sleeper() as start:
+    kill.inside_a_save(start, kill.random.Random(0), 0)
+    assert start.running() and signals == [signal.SIGSTOP, signal.SIGCONT, signal.SIGSTOP]
+  assert not start.running() and signals[3:] == [signal.SIGKILL]
+  with Sleeper() as start:
+    killpg(start._process.pid, signal.SIGTERM)
+    assert not start.stopped_inside(start.saving()) and not start.running() and start.end() == -signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -78,6 +78,18 @@ class Start:
     os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
 
+  def stopped_inside(self, save: list[int]) -> bool:
+    """Whether it is stopped there; one that is not goes on. While it runs, the save may end behind every look."""
+    os.killpg(self._process.pid, signal.SIGSTOP)
+    _, status = os.waitpid(self._process.pid, os.WUNTRACED)  # the signal itself does not wait for all threads
+    if not os.WIFSTOPPED(status):
+      self._process.returncode = os.waitstatus_to_exitcode(status)
+    elif self.saving() == save:
+      return True
+    else:
+      os.killpg(self._process.pid, signal.SIGCONT)
+    return False
+
   def end(self) -> int:
     return self._process.wait()
 
@@ -121,7 +133,7 @@ def inside_a_save(start: Start, dice: random.Random, startup_secs: float) -> Non
   while start.wait_until(start.saving):
     step = start.saving()
     start.wait_until(lambda: False, delay_secs)
-    if step and start.saving() == step:
+    if start.running() and step and start.stopped_inside(step):
       return
     delay_secs /= 2
 
