@@ -28,7 +28,7 @@ export PYTHONUNBUFFERED=1
 if [ -n "$dry_run" ]; then
   port=PORT
 else
-  port=$(python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
+  port=$(python -c 'from latent_loop.parallel import ports; print(ports.free_port())')
 fi
 
 prefix() {

@@ -16,6 +16,7 @@ import jax
 
 from latent_loop.errors import BadInput
 from latent_loop.parallel.group import GRACE_SECS, SILENT_SECS, Group, Seat, differences, send
+from latent_loop.parallel.ports import free_port, listen
 
 
 def join(seat: Seat, facts: dict[str, str], wait_secs: float) -> 'Group':
@@ -28,7 +29,7 @@ def join(seat: Seat, facts: dict[str, str], wait_secs: float) -> 'Group':
   facts = {**facts, '--num_processes': str(seat.num_processes)}
   if seat.process_id == 0:
     links = _gather(seat, facts, wait_secs)
-    jax_port = _free_port()
+    jax_port = free_port()
     send(links.values(), {'jax_port': jax_port})
   else:
     link, jax_port = _call(seat, facts, wait_secs)
@@ -76,7 +77,7 @@ def check_devices() -> str:
 def _gather(seat: Seat, facts: dict[str, str], wait_secs: float) -> dict[int, socket.socket]:
   """Process 0: a connection to every other process; on any fault tells all who came, and raises BadInput."""
   try:
-    server = _listen(seat.address[1])
+    server = listen(seat.address[1])
   except OSError as error:
     raise BadInput(
       f'--coordinator={seat.coordinator}: this machine cannot listen there ({error}); use another port'
@@ -149,17 +150,6 @@ def _connect(seat: Seat, deadline: float, wait_secs: float) -> socket.socket:
         'process 0 on that machine, and check the name, the port and the firewall'
       )
     time.sleep(0.3)
-
-
-def _listen(port: int) -> socket.socket:
-  if socket.has_dualstack_ipv6():
-    return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True)
-  return socket.create_server(('', port))
-
-
-def _free_port() -> int:
-  with _listen(0) as probe:
-    return probe.getsockname()[1]
 
 
 def _receive(link: socket.socket, timeout_secs: float) -> Any:
