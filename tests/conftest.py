@@ -15,6 +15,7 @@ _FLAGS = (
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
   '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',  # 40 s: a busy machine may need longer for eight devices
 )
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -33,8 +34,10 @@ import pytest  # noqa: E402
 from latent_loop import compiled  # noqa: E402
 from tests.object_store import STORE  # noqa: E402
 
+for name in ('no_proxy', 'NO_PROXY'):  # the servers of the tests are here; pip's may be behind one
+  os.environ[name] = ','.join([*filter(None, [os.environ.get(name)]), '127.0.0.1', 'localhost'])
 os.environ['TENSORSTORE_GCS_HTTP_URL'] = STORE.address
-os.environ['TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS'] = '1'
+os.environ['TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS'] = '4'
 os.environ['TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES'] = '1'
 os.environ['GOOGLE_AUTH_TOKEN_FOR_TESTING'] = 'none'  # nobody's: the stand-in asks for none
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -30,11 +31,22 @@ def small_pieces(monkeypatch):
   monkeypatch.setattr(run, 'SHARD_BYTES', _SHARD_BYTES)
 
 
+def installed() -> bool:
+  """Whether launch/beam.sh has done it in five minutes; if not, it ends with all that it started."""
+  env = {**os.environ, 'PIP_NO_COMPILE': '0'}  # 0 is yes, to pip; most of it is never imported
+  command = ['bash', 'launch/beam.sh', '--help']
+  with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    try:
+      return process.wait(timeout=300) == 0
+    except subprocess.TimeoutExpired:
+      os.killpg(process.pid, signal.SIGKILL)
+      return False
+
+
 @pytest.fixture(scope='module')
 def python() -> str:
   """The Python of Beam's environment, which the first run in a checkout installs: half a minute."""
-  env = {**os.environ, 'PIP_NO_COMPILE': '0'}  # 0 is yes, to pip; most of it is never imported
-  subprocess.run(['bash', 'launch/beam.sh', '--help'], cwd=ROOT, env=env, check=True, capture_output=True)
+  assert any(installed() for _ in range(3)), 'launch/beam.sh failed three times'  # downloads do, now and then
   return str(ROOT / '.venv_beam' / 'bin' / 'python')
 
 
@@ -62,7 +74,8 @@ def test_beam_writes_the_bytes_of_a_local_run_also_where_one_was_begun(
     request = request_of(corpus, tmp_path / name, runner='DirectRunner')
     if name == 'begun':
       begun(dataclasses.replace(request, runner='local'), monkeypatch)
-    subprocess.run(command_of(request, _UNIT_BYTES, _SHARD_BYTES, python), cwd=ROOT, check=True, capture_output=True)
+    command = command_of(request, _UNIT_BYTES, _SHARD_BYTES, python)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     found = bytes_of(request.output)
     manifests = [json.loads(files.pop(manifest.NAME)) for files in (found, dict(expected))]
     for one in manifests:
@@ -83,7 +96,7 @@ def test_beam_writes_the_bytes_of_a_local_run_also_where_one_was_begun(
 def test_bad_input_is_exit_code_2_and_a_sentence_through_beam(flags, words, python, tmp_path):
   (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n{"text": \n')
   command = [python, '-m', 'launch.prepare_data', f'--input={tmp_path}/*.jsonl', f'--output={tmp_path}/out', *flags]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert result.returncode == 2 and words in result.stderr and 'Traceback' not in result.stderr, result.stderr
 
 
