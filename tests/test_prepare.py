@@ -648,6 +648,7 @@ def test_killed_at_ten_random_moments_of_its_work_it_ends_in_the_same_bytes(tmp_
     process.wait()
     if (request.output / manifest.NAME).exists():
       shutil.rmtree(request.output)
+      secs *= 0.8  # the machine has become faster
     else:
       kills += 1
       left.append(len(list((request.output / run.WORK).glob('*.json'))))

@@ -98,43 +98,57 @@ def test_a_run_draws_the_depths_that_a_sweep_counts_for_it(finished):
     ('train', [TEXT, '--config.model.block=foo'], 'choose one of sandwich, pre_norm'),
     ('train', [TEXT], '--workdir is missing'),
     ('train', [TEXT, '--workdir=s3://bucket/run'], 'Orbax, which writes the arrays'),
-    ('train', [TEXT, '--workdir=/tmp/none', '--profile_steps=5'], 'first:last'),
-    slow('train', [TEXT, '--workdir=/tmp/none', '--config.data.source=foo'], "config.data.source='foo': not known"),
-    slow('train', [TEXT, '--workdir=/tmp/none', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
+    ('train', [TEXT, '--workdir=/nonexistent', '--profile_steps=5'], 'first:last'),
+    slow('train', [TEXT, '--workdir=/nonexistent', '--config.data.source=foo'], "config.data.source='foo': not known"),
+    slow('train', [TEXT, '--workdir=/nonexistent', '--config.model.vocab_size=100'], 'vocab_size=100 is smaller than'),
     slow(
       'train',
-      [TEXT, '--workdir=/tmp/none', f'--config.data.seq_len={2**28}', '--config.train.batch_size=1'],
+      [TEXT, '--workdir=/nonexistent', f'--config.data.seq_len={2**28}', '--config.train.batch_size=1'],
       'less than one row',
     ),
     slow(
-      'train', [TEXT, '--workdir=/tmp/none', '--init_from=/tmp/no'], '--init_from=/tmp/no: no config.json there; give'
+      'train',
+      [TEXT, '--workdir=/nonexistent', '--init_from=/nonexistent'],
+      '--init_from=/nonexistent: no config.json there; give',
     ),
     ('evaluate', ['depths', '--depths=1,2'], '--depths=1,2: not a whole number; for more than one repeat the flag'),
-    ('evaluate', ['--workdir=/tmp/none'], 'one of the verbs depths'),
+    ('evaluate', ['--workdir=/nonexistent'], 'one of the verbs depths'),
     ('train', [TEXT, 'foo'], 'belongs to no flag'),
     ('train', ['--config=experiments/nope.py', '--config.seed=1'], 'experiments/nope.py: no such file'),
     ('train', [TEXT, '--config.optim.clip_norm=None', '--config.model.rope_base=0'], 'rope_base=0.0 must be above 1'),
     ('train', [TEXT, '--config.train.num_steps=4'], 'warm-up and cooldown take 21 steps'),
     slow('train', [TEXT, '--workdir=/dev/null/x'], '--workdir=/dev/null/x cannot be used'),
-    slow('evaluate', ['depths', '--workdir=/tmp/none'], 'no config.json'),
-    ('lens', ['--workdir=/tmp/none', '--prompt='], '--prompt is missing or empty'),
-    ('lens', ['--workdir=/tmp/none', '--prompt=a', '--output=/tmp/none/x.html'], 'not a file in a folder that exists'),
-    ('lens', ['--workdir=/tmp/none', '--prompt=a', f'--output={300 * "x"}'], '--output=xxx'),
-    ('figure', ['sweep', '--output=/tmp/none/x'], 'not a file in a folder that exists'),
-    ('figure', ['depth_cost', '--output=/tmp/none'], '/tmp/none.jsonl does not exist; put there what launch.bench'),
-    ('figure', ['study', '--output=/tmp/none'], '/tmp/none.json does not exist; give --run=DIR'),
+    slow('evaluate', ['depths', '--workdir=/nonexistent'], 'no config.json'),
+    ('lens', ['--workdir=/nonexistent', '--prompt='], '--prompt is missing or empty'),
+    (
+      'lens',
+      ['--workdir=/nonexistent', '--prompt=a', '--output=/nonexistent/x.html'],
+      'not a file in a folder that exists',
+    ),
+    ('lens', ['--workdir=/nonexistent', '--prompt=a', f'--output={300 * "x"}'], '--output=xxx'),
+    ('figure', ['sweep', '--output=/nonexistent/x'], 'not a file in a folder that exists'),
+    (
+      'figure',
+      ['depth_cost', '--output=/nonexistent'],
+      '/nonexistent.jsonl does not exist; put there what launch.bench',
+    ),
+    ('figure', ['study', '--output=/nonexistent'], '/nonexistent.json does not exist; give --run=DIR'),
     ('figure', ['sweep', '--output=/'], 'not a file in a folder that exists'),
     ('sweep', [TEXT], '--workdir is missing'),
     ('audit_data', [], '--config and --workdir are missing; give one of them'),
-    ('audit_data', [TEXT, '--workdir=/tmp/none'], '--workdir=/tmp/none: the run has its own config; give one of them'),
+    (
+      'audit_data',
+      [TEXT, '--workdir=/nonexistent'],
+      '--workdir=/nonexistent: the run has its own config; give one of them',
+    ),
     ('prepare_data', ['--input=x', '--output=y', '--min_bytes=9', '--max_bytes=8'], '--min_bytes=9 is above --max_byt'),
-    ('study', ['--workdir=/tmp/none'], '--study is missing'),
-    ('study', ['--study=/tmp/none.py', '--workdir=/tmp/none'], 'no such file'),
-    ('study', ['--study=README.md', '--workdir=/tmp/none'], 'it does not run'),
-    ('generate', ['--workdir=/tmp/none'], '--prompt=TEXT or --prompts=FILE'),
-    ('generate', ['--workdir=/tmp/none', '--prompts=/tmp/none.txt'], 'no such file'),
-    ('generate', ['--workdir=/tmp/none', f'--prompts={300 * "x"}'], '--prompts=xxx'),
-    ('generate', ['--workdir=/tmp/none', '--prompt=a', '--stop='], '--stop is empty'),
+    ('study', ['--workdir=/nonexistent'], '--study is missing'),
+    ('study', ['--study=/nonexistent.py', '--workdir=/nonexistent'], 'no such file'),
+    ('study', ['--study=README.md', '--workdir=/nonexistent'], 'it does not run'),
+    ('generate', ['--workdir=/nonexistent'], '--prompt=TEXT or --prompts=FILE'),
+    ('generate', ['--workdir=/nonexistent', '--prompts=/nonexistent.txt'], 'no such file'),
+    ('generate', ['--workdir=/nonexistent', f'--prompts={300 * "x"}'], '--prompts=xxx'),
+    ('generate', ['--workdir=/nonexistent', '--prompt=a', '--stop='], '--stop is empty'),
   ],
 )
 def test_bad_input_is_exit_code_2_and_a_sentence(program, args, words):
@@ -154,8 +168,12 @@ def test_help_names_every_flag_of_training():
 
 
 def test_a_closed_standard_input_is_missed_only_where_it_is_read():
-  for flag, words in (('--prompt=a', '/tmp/none'), ('--prompts=-', 'input is closed'), ('--chat', 'input is closed')):
-    command = [sys.executable, '-m', 'launch.generate', '--workdir=/tmp/none', flag]
+  for flag, words in (
+    ('--prompt=a', '/nonexistent'),
+    ('--prompts=-', 'input is closed'),
+    ('--chat', 'input is closed'),
+  ):
+    command = [sys.executable, '-m', 'launch.generate', '--workdir=/nonexistent', flag]
     result = subprocess.run(
       command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.close(0)
     )
@@ -182,7 +200,7 @@ def test_a_reader_that_leaves_early_is_told_in_a_sentence(times):
 def test_lines_of_standard_input_that_are_no_utf8_are_bad_input():
   """In a locale that is strict about it; blank lines are passed over."""
   env, command = {**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'}, [sys.executable, '-m', 'launch.generate']
-  command += ['--workdir=/tmp/none', '--prompts=-']
+  command += ['--workdir=/nonexistent', '--prompts=-']
   lines = b'{"prompt": "a"}\n\n\xff\n'
   result = subprocess.run(command, cwd=ROOT, env=env, input=lines, capture_output=True, timeout=60)
   assert result.returncode == 2 and result.stderr.startswith(b'error: standard input, line 3: not JSON'), result.stderr

@@ -85,7 +85,7 @@ def test_each_has_its_share_of_the_cores_and_is_evaluated_behind_its_training(tm
 
 def test_after_a_trial_that_fails_nothing_more_is_started(tmp_path):
   ran = 'open(here + "-ran", "w")'
-  lines = {'bad': ('print("why"); raise SystemExit(2)', 'pass'), 'slow': ('time.sleep(1)', ran), 'next': (ran, 'pass')}
+  lines = {'bad': ('print("why"); raise SystemExit(2)', 'pass'), 'slow': ('time.sleep(5)', ran), 'next': (ran, 'pass')}
   said = []
   assert study.run(scripted(tmp_path, **lines), DEPTHS, 2, said.append) == BAD_INPUT
   assert not list(tmp_path.glob('*-ran'))
@@ -97,11 +97,13 @@ def test_a_signal_reaches_all_that_run_and_ends_the_study(tmp_path):
   lines = {'long': ('open(here + "-ran", "w"); time.sleep(60)', 'pass'), 'next': ('open(here + "-ran", "w")', 'pass')}
 
   def stop():
-    while not (tmp_path / 'long-ran').exists():
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'long-ran').exists() and time.monotonic() < deadline:
       time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if (tmp_path / 'long-ran').exists():  # or the study is not there to take the signal
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  thread = threading.Thread(target=stop)
+  thread = threading.Thread(target=stop, daemon=True)
   thread.start()
   began = time.monotonic()
   assert study.run(scripted(tmp_path, **lines), DEPTHS, 1, lambda line: None) == PREEMPTED
