@@ -85,7 +85,7 @@ def test_each_has_its_share_of_the_cores_and_is_evaluated_behind_its_training(tm
 
 def test_after_a_trial_that_fails_nothing_more_is_started(tmp_path):
   ran = 'open(here + "-ran", "w")'
-  lines = {'bad': ('print("why"); raise SystemExit(2)', 'pass'), 'slow': ('time.sleep(5)', ran), 'next': (ran, 'pass')}
+  lines = {'bad': ('print("why"); raise SystemExit(2)', 'pass'), 'slow': ('time.sleep(3)', ran), 'next': (ran, 'pass')}
   said = []
   assert study.run(scripted(tmp_path, **lines), DEPTHS, 2, said.append) == BAD_INPUT
   assert not list(tmp_path.glob('*-ran'))
