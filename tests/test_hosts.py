@@ -443,7 +443,7 @@ def test_stopping_one_of_two_ends_the_job_with_12_and_stacks(tmp_path):
 @pytest.mark.parametrize('process, number', [(1, signal.SIGTERM), (0, signal.SIGUSR1)])
 def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path, process, number):
   """And, for one of the signals: that pair, started again, and a pair that nobody stopped end alike, to the byte."""
-  steps = ('--config.train.num_steps=60', '--config.checkpoint.every_steps=60', '--config.checkpoint.keep_last=1')
+  steps = ('--config.train.num_steps=36', '--config.checkpoint.every_steps=36', '--config.checkpoint.keep_last=1')
   with Pair(tmp_path, *steps) as pair:
     pair.wait_for('step 3/')
     pair.signal(process, number)
@@ -451,13 +451,13 @@ def test_a_signal_to_one_process_stops_both_at_one_saved_step(tmp_path, process,
   assert pair.launcher.returncode == 10, rest
   assert rest.count('ended with exit code 10') == 2 and rest.count('start the same command again') == 1
   saved = int(next((tmp_path / 'run' / 'checkpoints').iterdir()).name)
-  assert f'stopped at step {saved}, saved' in rest and metrics(tmp_path / 'run')[-1]['step'] == saved < 60
+  assert f'stopped at step {saved}, saved' in rest and metrics(tmp_path / 'run')[-1]['step'] == saved < 36
   if number == signal.SIGTERM:
     for name in ('run', 'whole'):
       where = (f'--config={small_run(tmp_path)}', f'--workdir={tmp_path}/{name}')
       result = bash('launch/local_hosts.sh', '2', '1', *where, *steps)
       assert result.returncode == 0, result.stdout + result.stderr
-      assert (f'continuing at step {saved} of 60' in result.stdout) == (name == 'run')
+      assert (f'continuing at step {saved} of 36' in result.stdout) == (name == 'run')
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
