@@ -406,6 +406,11 @@ def test_the_chat_page_talks_and_shades_every_token_by_its_depth(browser, runnin
   assert [e for e in browser.get_log('browser') if e['level'] == 'SEVERE' and '400' not in e['message']] == []
   find('#fresh')[0].click()
   assert find('#log')[0].text == ''
+  find('#say')[0].send_keys('a secret', Keys.ENTER)
+  wait(lambda: find('.assistant .token'))
+  find('#fresh')[0].click()
+  wait(lambda: browser.execute_script('return running') is None)
+  assert browser.execute_script('return messages') == [], 'nor does the answer that it stopped come back'
 
 
 def test_twenty_seconds_of_trouble_leave_nothing_behind(tmp_path, monkeypatch):
