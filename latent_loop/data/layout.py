@@ -36,18 +36,18 @@ class Concatenated:
 
 class BestFit:
   """Documents whole where they fit: longer ones are cut into full rows, what remains goes, longest first, where the
-  least room is left. Holds 16 bytes of memory for each piece.
+  least room is left. Holds 16 bytes of memory for each piece and 8 for each row, and twice that while it is made.
   """
 
   def __init__(self, stream: Stream, seq_len: int):
-    spans, rows, first = [], [0], 0
+    spans, counts = [np.zeros((0, 2), np.int64)], [np.zeros(1, np.int64)]
     for starts, ends in _groups(stream):
-      for row in _fill(*_cut(starts, ends, seq_len), seq_len + 1):
-        spans.append(row)
-        first += len(row)
-        rows.append(first)
-    self._spans = np.concatenate(spans) if spans else np.zeros((0, 2), np.int64)
-    self._rows = np.array(rows, np.int64)
+      pieces = np.stack(_cut(starts, ends, seq_len), axis=1)
+      order, per_row = _fill(pieces[:, 1] - pieces[:, 0], seq_len + 1)
+      spans.append(pieces[order])
+      counts.append(per_row)
+    self._spans = np.concatenate(spans)
+    self._rows = np.cumsum(np.concatenate(counts))
 
   def __len__(self) -> int:
     return len(self._rows) - 1
@@ -77,27 +77,30 @@ def _cut(starts: np.ndarray, ends: np.ndarray, seq_len: int) -> tuple[np.ndarray
   return begins, np.minimum(begins + seq_len + 1, np.repeat(ends, counts))
 
 
-def _fill(begins: np.ndarray, ends: np.ndarray, size: int) -> Iterator[np.ndarray]:
-  """Rows of pieces, [pieces, 2] each. Best fit, longest first; of equal pieces the first in the stream."""
-  rows: list[list[int]] = []
+def _fill(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """(the pieces of the first row, then those of the next ..., how many each row has). Best fit, longest first; of equal
+  pieces the first in the stream.
+  """
+  order = np.argsort(-lengths, kind='stable')
+  count = int((lengths == size).sum())  # rows so far: of a long document nearly all pieces are full, and come first
+  row_of: list[int] = []  # of the other pieces, in that order
   by_room: list[list[int]] = [[] for _ in range(size + 1)]  # rows by the tokens they still take
   rooms = 0  # bit r is set when by_room[r] is not empty
-  lengths = ends - begins
-  for i in np.argsort(-lengths, kind='stable').tolist():
-    length = int(lengths[i])
+  full, rest = np.arange(count), order[count:]
+  for length in lengths[rest].tolist():
     fitting = rooms >> length
     if fitting:
       room = length + (fitting & -fitting).bit_length() - 1
       row = by_room[room].pop()
       if not by_room[room]:
         rooms ^= 1 << room
-      rows[row].append(i)
     else:
-      room, row = size, len(rows)
-      rows.append([i])
+      room, row = size, count
+      count += 1
+    row_of.append(row)
     left = room - length
     if left > 1:  # a piece of one token would teach nothing
       by_room[left].append(row)
       rooms |= 1 << left
-  for pieces in rows:
-    yield np.stack([begins[pieces], ends[pieces]], axis=1)
+  rows = np.concatenate([full, np.array(row_of, np.int64)])
+  return order[np.argsort(rows, kind='stable')], np.bincount(rows)
