@@ -1,6 +1,7 @@
 """Conversations as data: what the assistant says is learned, what others say is not; asking has the same form."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from latent_loop import audit, data, exit_codes, loop, tokenizer
 from latent_loop.batch import Batch
 from latent_loop.config import Config, DataConfig
+from latent_loop.data.chat import Stream
 from latent_loop.data.packing import stack
 from latent_loop.data.pipeline import Batches
 from latent_loop.errors import BadInput
@@ -143,6 +145,23 @@ def test_a_row_without_an_answer_is_left_out_so_that_no_batch_is_without_a_targe
   lost = rows.used.pop()  # seen to fail: a row with an answer is left out too
   gone = rows.stream.num_targets(rows.layout.spans(lost))
   assert audit.check_rows('x', rows, said.append) == [f'x: {gone} tokens that the assistant says are in no row']
+
+
+def test_a_row_is_cut_where_conversations_begin_without_a_look_at_all_of_them():
+  stream = Stream([(np.zeros(n, np.int32), np.ones(n, bool)) for n in (3, 1, 4, 2)])
+  for start, stop in itertools.combinations(range(11), 2):
+    assert stream.pieces(start, stop) == list(
+      itertools.pairwise([start, *(e for e in (3, 4, 8) if start < e < stop), stop])
+    )
+
+  class Unscanned(np.ndarray):
+    """Ends of which no elementwise comparison is made."""
+
+    def __array_ufunc__(self, *args, **kwargs):
+      raise AssertionError('every end was looked at')
+
+  stream._ends = stream._ends.view(Unscanned)
+  assert stream.pieces(2, 9) == [(2, 3), (3, 4), (4, 8), (8, 9)]
 
 
 def test_the_loss_does_not_know_what_the_user_should_have_said(folder):

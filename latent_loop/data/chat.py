@@ -47,8 +47,8 @@ class Stream:
 
   def pieces(self, start: int, stop: int) -> Spans:
     """[start, stop) cut where conversations begin."""
-    inside = self._ends[(self._ends > start) & (self._ends < stop)].tolist()
-    return list(itertools.pairwise([start, *inside, stop]))
+    first, last = np.searchsorted(self._ends, start, side='right'), np.searchsorted(self._ends, stop)
+    return list(itertools.pairwise([start, *self._ends[first:last].tolist(), stop]))
 
   def document_ends(self) -> Iterator[np.ndarray]:
     yield self._ends
