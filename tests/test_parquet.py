@@ -62,6 +62,15 @@ def test_every_row_is_a_row_of_training_shifted_by_one(folder):
     assert got[0]['positions_BT'].tolist() == list(range(SEQ_LEN))
 
 
+@pytest.mark.parametrize('names', [['a.b'], ['a', 'a.b'], ['a.b', 'a']])
+def test_a_column_may_have_a_dot_in_its_name(names, tmp_path):
+  columns = {name: random_rows(20, seed) for seed, name in enumerate(names)}
+  parquet.write_table(pyarrow.table(columns), tmp_path / 'x.parquet')
+  for name, expected in columns.items():
+    rows = rows_of(tmp_path / 'x.parquet', column=name)
+    assert [rows[i]['tokens_BT'].tolist() for i in range(len(rows))] == [row[:-1] for row in expected[: len(rows)]]
+
+
 def test_documents_are_kept_apart_where_the_id_that_begins_them_is_given(tmp_path):
   path = write(tmp_path / 'a.parquet', [[1, 2, BOS, 4, 5, 6, 7, BOS, 9, 10, 11, 12, 13]] * 4)
   row = rows_of(path, bos=BOS)[0]

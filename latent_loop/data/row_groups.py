@@ -102,7 +102,10 @@ class RowGroups:
   def _likely(self, group, rows: int) -> bool:
     """Whether the footer agrees with what the rows should be, as far as it says."""
     columns = [group.column(i) for i in range(group.num_columns)]
-    (chunk,) = [one for one in columns if one.path_in_schema.split('.')[0] == self._column]
+    chunks = [one for one in columns if f'{one.path_in_schema}.'.startswith(f'{self._column}.')]
+    if len(chunks) != 1:  # a column 'a' beside one 'a.b': only the rows tell
+      return False
+    (chunk,) = chunks
     numbers = chunk.statistics if chunk.is_stats_set else None
     fits = numbers is None or not numbers.has_min_max or 0 <= numbers.min <= numbers.max < self._vocab_size
     fits = fits and not (numbers and numbers.null_count)
