@@ -167,16 +167,19 @@ def test_help_names_every_flag_of_training():
     assert flag in result.stdout, flag
 
 
+def without(stream: int) -> list[str]:
+  """The beginning of a command that runs without this one of the standard streams."""
+  return ['bash', '-c', f'exec "$@" {stream}>&-', 'bash']
+
+
 def test_a_closed_standard_input_is_missed_only_where_it_is_read():
   for flag, words in (
     ('--prompt=a', '/nonexistent'),
     ('--prompts=-', 'input is closed'),
     ('--chat', 'input is closed'),
   ):
-    command = [sys.executable, '-m', 'launch.generate', '--workdir=/nonexistent', flag]
-    result = subprocess.run(
-      command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=lambda: os.close(0)
-    )
+    command = [*without(0), sys.executable, '-m', 'launch.generate', '--workdir=/nonexistent', flag]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.startswith('error: ') and words in result.stderr, result.stderr
 
 
@@ -184,16 +187,15 @@ def test_a_closed_standard_input_is_missed_only_where_it_is_read():
 def test_a_reader_that_leaves_early_is_told_in_a_sentence(times):
   """As `| head` does; and output that is closed from the start is not missed."""
   code = f'from launch import program; program.run(lambda: print("few " * {times}) or 0)'
-  start = functools.partial(
-    subprocess.run, [sys.executable, '-c', code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60
-  )
+  command = [sys.executable, '-c', code]
+  start = functools.partial(subprocess.run, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
   read, write = os.pipe()
   os.close(read)
-  result = start(stdout=write)
+  result = start(command, stdout=write)
   os.close(write)
   assert result.returncode == 1 and result.stderr.startswith('error: what reads the output left'), result.stderr
   assert len(result.stderr.splitlines()) == 1, result.stderr
-  result = start(preexec_fn=lambda: os.close(1))
+  result = start([*without(1), *command])
   assert (result.returncode, result.stderr) == (0, '')
 
 
