@@ -34,12 +34,14 @@ class Profiler:
   """
 
   def __init__(self, workdir: Path, first: int, last: int, steps: tuple[int, int] | None):
-    if steps and not first <= steps[0] < steps[1] <= last:
-      raise BadInput(
-        f'--profile_steps={steps[0]}:{steps[1]} lies outside the steps to do, {first}:{last}; choose a range inside'
-      )
     if steps:
+      flag = f'--profile_steps={steps[0]}:{steps[1]}'
+      if not 0 <= steps[0] < steps[1] <= last:
+        raise BadInput(f'{flag} lies outside the steps of the run, 0:{last}; choose a range inside')
       storage.local_only(workdir, '--profile_steps')
+      if steps[0] < first:  # the same command again, after a stop: refused, it would never go on
+        say(f'{flag}: step {steps[0]} is done already, so this start writes no profile')
+        steps = None
     self._steps = steps if jax.process_index() == 0 else None
     self._folder, self._tracing = workdir / 'profile', False
 

@@ -279,14 +279,21 @@ def test_loading_leaves_a_save_under_way_alone(copy):
 
 
 def test_a_profile_outside_the_run_is_refused(tmp_path):
-  with pytest.raises(BadInput, match='--profile_steps=2:9 lies outside the steps to do, 0:4'):
+  with pytest.raises(BadInput, match='--profile_steps=2:9 lies outside the steps of the run, 0:4'):
     loop.run(tiny_run(), tmp_path / 'run', profile_steps=(2, 9))
 
 
+def test_a_profile_of_steps_that_are_done_lets_the_same_command_go_on(copy, capsys):
+  (copy / 'depth_report.json').unlink()
+  assert loop.run(tiny_run(), copy, profile_steps=(1, 3)) == exit_codes.DONE
+  assert '--profile_steps=1:3: step 1 is done already' in capsys.readouterr().out
+  assert (copy / 'depth_report.json').exists() and not (copy / 'profile').exists()
+
+
 def test_a_start_that_is_refused_changes_no_config(copy):
-  with pytest.raises(BadInput, match='--profile_steps=1:2 lies outside the steps to do, 4:4'):
+  with pytest.raises(BadInput, match='--profile_steps=4:5 lies outside the steps of the run, 0:4'):
     (copy / 'depth_report.json').unlink()
-    loop.run(tiny_run(**{'log.every_steps': 2}), copy, profile_steps=(1, 2))
+    loop.run(tiny_run(**{'log.every_steps': 2}), copy, profile_steps=(4, 5))
   assert workdir.read_config(copy) == tiny_run()
 
 
