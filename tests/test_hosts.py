@@ -1,10 +1,13 @@
 """Runs of many processes: where each sits, what the launchers would do, and real pairs of processes."""
 
+import concurrent.futures
+import contextlib
 import http.server
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +25,8 @@ from latent_loop.checkpoint import Checkpoints
 from latent_loop.errors import BadInput
 from latent_loop.model import build
 from latent_loop.optim import make_optimizer
-from latent_loop.parallel import ports
+from latent_loop.parallel import ports, processes
+from latent_loop.parallel.group import Seat, send
 from latent_loop.sealing import from_json, write_experiment
 from latent_loop.step import make_sharded_state
 from launch import hosts
@@ -465,6 +469,32 @@ def train(process: int, port: int, *args: str) -> subprocess.Popen:
   place = [f'--coordinator=127.0.0.1:{port}', f'--process_id={process}', '--workdir=never_made', '--wait_secs=10']
   command = [sys.executable, '-m', 'launch.train', '--config=experiments/tiny_task.py', *place, *args]
   return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def meet(port: int, process: int) -> socket.socket:
+  link = processes._connect(Seat(f'127.0.0.1:{port}', 3, process), time.monotonic() + 20, 20)
+  send([link], {'process_id': process, 'facts': {}})
+  return link
+
+
+def test_a_process_that_died_while_waiting_may_come_again():
+  with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as open_links:
+    port = ports.free_port()
+    met = pool.submit(processes._gather, Seat(f'127.0.0.1:{port}', 3, 0), {}, 20)
+    meet(port, 1).close()
+    came = [open_links.enter_context(meet(port, process)) for process in (1, 2)]
+    links = [open_links.enter_context(met.result()[process]) for process in (1, 2)]
+    assert [link.getpeername()[1] for link in links] == [link.getsockname()[1] for link in came]
+
+
+def test_two_processes_of_one_number_are_refused():
+  with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as open_links:
+    port = ports.free_port()
+    met = pool.submit(processes._gather, Seat(f'127.0.0.1:{port}', 3, 0), {}, 20)
+    for _ in range(2):
+      open_links.enter_context(meet(port, 1))
+    with pytest.raises(BadInput, match='two processes have --process_id=1'):
+      met.result()
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def _gather(seat: Seat, facts: dict[str, str], wait_secs: float) -> dict[int, so
       link.close()  # a stranger on this port
       continue
     came.append(link)
-    if hello['process_id'] in links or hello['process_id'] == 0:
+    if hello['process_id'] == 0 or (hello['process_id'] in links and not _is_gone(links[hello['process_id']])):
       faults.append(f'two processes have --process_id={hello["process_id"]}; number them from 0, each once')
       break
     links[hello['process_id']] = link
@@ -106,6 +106,17 @@ def _gather(seat: Seat, facts: dict[str, str], wait_secs: float) -> dict[int, so
     send(came, {'refused': faults[0]})
     raise BadInput(faults[0])
   return links
+
+
+def _is_gone(link: socket.socket) -> bool:
+  """Whether the process at the other end, which says nothing while it waits, has ended; its next start calls anew."""
+  link.settimeout(0)
+  try:
+    return link.recv(1, socket.MSG_PEEK) == b''
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
 
 
 def _missing(seat: Seat, links: dict, wait_secs: float) -> str:
