@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +40,8 @@ ENV = {
   'PYTHON': sys.executable,
   'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('--xla_force_host_platform_device_count=8', ''),
 }
+
+ALL_CODES = {value for value in vars(exit_codes).values() if isinstance(value, int)}
 
 
 def bash(*args: str, **more) -> subprocess.CompletedProcess:
@@ -97,22 +100,85 @@ def test_slurm_dry_run():
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines() == [
     "bash -c 'source launch/env.sh; ensure_environment launch/requirements/cuda.txt'",
-    'srun --label --wait=60 python -u -m launch.train --cluster=slurm --config=experiments/huginn_1b.py '
-    '--workdir=runs/x',
+    'srun --label --wait=60 bash launch/slurm_task.sh slurm-JOB.final python -u -m launch.train --cluster=slurm '
+    '--wait_secs=3600 --config=experiments/huginn_1b.py --workdir=runs/x',
     'scontrol requeue $SLURM_JOB_ID  # after exit code 10, 12 or 14',
   ]
 
 
-def test_slurm_gives_the_end_of_the_job_as_a_time_limit():
-  ends = {**ENV, 'SLURM_JOB_END_TIME': str(int(time.time()) + 90 * 60)}
+@pytest.mark.parametrize('job_minutes, limits', [(90, (84, 85)), (5, (1,)), (3, (1,))])
+def test_slurm_gives_the_end_of_the_job_as_a_time_limit(job_minutes, limits):
+  """Five minutes ahead, where the job has them."""
+  ends = {**ENV, 'SLURM_JOB_END_TIME': str(int(time.time()) + job_minutes * 60)}
   command = ['bash', 'launch/slurm.sh', '--dry_run', '--config=a.py']
   result = subprocess.run(command, cwd=ROOT, env=ends, capture_output=True, text=True)
-  minutes = int(re.search(r'--cluster=slurm --time_limit=(\d+) --config=a.py', result.stdout).group(1))
-  assert minutes in (84, 85), 'five minutes ahead'
+  minutes = int(re.search(r'--cluster=slurm --wait_secs=3600 --time_limit=(\S+) --config=a.py', result.stdout).group(1))
+  assert minutes in limits
+
+
+def fake(folder: Path, **programs: str) -> dict[str, str]:
+  """An environment whose path begins with these shell programs; what they write to $CALLS is in folder/calls."""
+  folder.mkdir(exist_ok=True)
+  for name, text in programs.items():
+    (folder / name).write_text(f'#!/usr/bin/env bash\n{text}')
+    (folder / name).chmod(0o755)
+  return {**ENV, 'PYTHON': '', 'PATH': f'{folder}:{ENV["PATH"]}', 'CALLS': str(folder / 'calls')}
+
+
+SRUN = """
+shift 2  # its own options
+highest=0
+for code in $CODES; do
+  code=$code "$@" || { ended=$?; highest=$((ended > highest ? ended : highest)); }
+done
+exit $highest
+"""
+
+
+def slurm_job(folder: Path, codes: str) -> tuple[int, bool, str]:
+  """A job whose tasks end with `codes`: (its exit code, whether it queued itself again, what it said)."""
+  if not (folder / 'launch').exists():
+    (folder / 'launch').mkdir()
+    for name in ('env.sh', 'slurm_task.sh'):
+      shutil.copy(ROOT / 'launch' / name, folder / 'launch')
+  calls = folder / 'bin' / 'calls'
+  calls.unlink(missing_ok=True)
+  env = fake(folder / 'bin', srun=SRUN, scontrol='echo "$@" >>"$CALLS"', python='exit "$code"')
+  env |= {'SLURM_JOB_ID': '7', 'SLURM_SUBMIT_DIR': str(folder), 'SLURM_RESTART_COUNT': '9', 'CODES': codes}
+  result = subprocess.run(['bash', ROOT / 'launch/slurm.sh', '--x'], env=env, capture_output=True, text=True)
+  assert not calls.exists() or calls.read_text() == 'requeue 7\n'
+  return result.returncode, calls.exists(), result.stderr
+
+
+@pytest.mark.parametrize('code', sorted(ALL_CODES))
+def test_a_slurm_job_starts_again_after_the_codes_that_a_wrapper_resumes_on(tmp_path, code):
+  """A final code counts where all others lost the task that ended so: 14 is the highest, which srun says."""
+  final = code not in (exit_codes.DONE, *exit_codes.RESUME)
+  ended, again, said = slurm_job(tmp_path, f'14 {code} 14' if final else f'{code} {code}')
+  assert (ended, again) == (code, code in exit_codes.RESUME)
+  assert (f'error: a task ended with exit code {code}' in said) == final
+  assert [path.name for path in tmp_path.glob('slurm-*')] == (['slurm-7.failures'] if code in (12, 14) else [])
+
+
+def test_a_slurm_job_gives_up_on_failures_in_a_row_alone(tmp_path):
+  for codes in ('14', '12', '14', '14', '14', '10 10', '14', '12', '14', '137', '14'):
+    assert slurm_job(tmp_path, codes)[1]
+  ended, again, said = slurm_job(tmp_path, '14')
+  assert (ended, again) == (14, False) and 'error: exit code 14, the sixth such end in a row' in said
+
+
+def test_a_slurm_task_passes_signals_on(tmp_path):
+  """Some clusters signal the shell alone."""
+  (tmp_path / 'codes').write_text('wait')
+  command = [sys.executable, '-ISc', FAKE, str(tmp_path / 'codes')]
+  command = ['bash', 'launch/slurm_task.sh', str(tmp_path / 'final'), *command]
+  with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True) as task:
+    next(line for line in task.stdout if 'waiting' in line)
+    task.send_signal(signal.SIGTERM)
+    assert task.wait(30) == 10 and not (tmp_path / 'final').exists()
 
 
 GKE = '--name=pod --image=i:1 --accelerator=tpu-v5p-slice --topology=4x4x4 --hosts=16 --chips=4 --claim=r'.split()
-ALL_CODES = {value for value in vars(exit_codes).values() if isinstance(value, int)}
 
 
 def test_gke_starts_again_after_the_codes_that_a_wrapper_resumes_on():
