@@ -21,10 +21,14 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 
-child= asked=
+child= asked= code=143 # the last code; until there is one, that of an end by SIGTERM
 pass_on() {
-  asked=1
-  [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null
+  asked=$1
+  case $child in
+    '') exit "$code" ;; # in the pause
+    starting) ;;
+    *) kill "-$1" "$child" 2>/dev/null ;;
+  esac
 }
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
@@ -34,10 +38,12 @@ while true; do
   began=$SECONDS
   # Job control gives the child its own process group: Ctrl-C reaches it once, through the trap, and bash would
   # otherwise have it ignore SIGINT.
+  child=starting
   set -m
   "$@" &
   child=$!
   set +m
+  [ -z "$asked" ] || kill "-$asked" "$child" 2>/dev/null # it came in between
   code=0
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do # the trap ended the wait, not the child
@@ -51,6 +57,7 @@ while true; do
     exit "$code"
   fi
   child=
+  [ -z "$asked" ] || exit "$code"
   if [ "$code" -ne 10 ] && [ "$code" -ne 12 ] && [ "$code" -ne 14 ] && [ "$code" -le 128 ]; then
     exit "$code"
   fi
@@ -60,5 +67,6 @@ while true; do
     exit "$code"
   fi
   echo "exit code $code: the same command again" >&2
-  sleep "${PAUSE:-5}"
+  sleep "${PAUSE:-5}" >/dev/null 2>&1 & # in the background, where a signal ends the wait for it
+  wait $!
 done

@@ -234,6 +234,15 @@ def test_keep_going_passes_a_signal_on_and_does_not_start_again(tmp_path):
   assert process.returncode == 10 and 'ran' not in out
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_keep_going_ends_at_once_when_asked_in_the_pause(tmp_path, number):
+  process = keep_going(tmp_path, '14 0', PAUSE='20')
+  next(line for line in process.stderr if 'the same command again' in line)
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=10)
+  assert (out.count('ran'), process.returncode) == (1, 14)
+
+
 def test_exit_codes_are_those_of_the_documented_table():
   rows = re.findall(r'^\| (\d+) \|', (ROOT / 'launch/README.md').read_text(), flags=re.MULTILINE)
   assert [int(row) for row in rows] == sorted(ALL_CODES)
