@@ -31,9 +31,12 @@ if [ -z "$name" ] || [ -z "$zone" ] || [ $# -eq 0 ] || { [ -n "$type" ] && [ -z 
   exit 2
 fi
 
-run() {
+show() {
   printf '%q ' "$@" | sed 's/ $//'
   echo
+}
+run() {
+  show "$@"
   [ -n "$dry_run" ] || "$@"
 }
 on_workers() { # NODE WORKER COMMAND
@@ -46,19 +49,43 @@ if [ "$slices" -gt 1 ]; then
   for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
 fi
 
+pack() {
+  git ls-files -z -co --exclude-standard -x code.tar.gz | while IFS= read -r -d '' file; do
+    [ ! -e "$file" ] || printf '%s\0' "$file" # git lists a file that was deleted until that is committed
+  done | tar czf code.tar.gz --null -T -
+}
+wait_for_resource() { # COMMAND that says its state
+  local state
+  while true; do
+    state=$("$@") || {
+      echo "error: gcloud does not say the state of $name (see above); start again without --type once it is ACTIVE" >&2
+      exit 2
+    }
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING)
+        echo "error: the queued resource $name is $state and will not come up; see why with gcloud compute tpus" \
+          "queued-resources describe $name --zone=$zone, delete it there and start again" >&2
+        exit 2
+        ;;
+    esac
+    sleep 30
+  done
+}
+
+# What git tracks and what is new, not only what is committed: the experiment at hand counts. First, since it costs nothing.
+echo 'git ls-files -z -co --exclude-standard | tar czf code.tar.gz --null -T -  # without deleted files'
+[ -n "$dry_run" ] || pack
+
 if [ -n "$type" ]; then
   place=(--node-id="$name")
   [ "$slices" -eq 1 ] || place=(--node-count="$slices" --node-prefix="$name")
   run gcloud compute tpus queued-resources create "$name" "${place[@]}" --zone="$zone" --accelerator-type="$type" \
     --runtime-version="$runtime" $spot
   state=(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)')
-  run "${state[@]}"
-  until [ -n "$dry_run" ] || [ "$("${state[@]}")" = ACTIVE ]; do sleep 30; done
+  show "${state[@]}"
+  [ -n "$dry_run" ] || wait_for_resource "${state[@]}"
 fi
-
-# What git tracks and what is new, not only what is committed: the experiment at hand counts.
-echo 'git ls-files -z -co --exclude-standard | tar czf code.tar.gz --null -T -'
-[ -n "$dry_run" ] || git ls-files -z -co --exclude-standard -x code.tar.gz | tar czf code.tar.gz --null -T -
 
 printf -v flags ' %q' "$@"
 # Images come with Python 3.10. The share is mounted once.
@@ -70,8 +97,9 @@ if [ -n "$nfs" ]; then
 command -v mount.nfs >/dev/null || sudo apt-get install -qy nfs-common
 mountpoint -q /mnt/runs || { sudo mkdir -p /mnt/runs; sudo mount -t nfs $nfs /mnt/runs; }"
 fi
-# --worker=all shows nothing before all have ended, so the training goes to the background and to a file.
-start="cd latent_loop; nohup bash launch/keep_going.sh .venv/bin/python -u -m launch.train --cluster=tpu$flags >train.log 2>&1 </dev/null & sleep 1"
+# --worker=all shows nothing before all have ended, so the training goes to the background and to a file. The processes
+# wait long for each other, unless the flags say otherwise: after a restart a machine may be slow to come back.
+start="cd latent_loop; nohup bash launch/keep_going.sh .venv/bin/python -u -m launch.train --cluster=tpu --wait_secs=3600$flags >>train.log 2>&1 </dev/null & sleep 1"
 
 for node in "${nodes[@]}"; do
   on_workers "$node" 0 true # the first connection spreads the key; to all at once it fails now and then
@@ -81,4 +109,4 @@ done
 for node in "${nodes[@]}"; do
   on_workers "$node" all "$start"
 done
-on_workers "${nodes[0]}" 0 'tail -n +1 -F latent_loop/train.log'
+on_workers "${nodes[0]}" 0 'tail -n 100 -F latent_loop/train.log'
