@@ -71,10 +71,10 @@ def test_tpu_vm_dry_run():
   lines = result.stdout.splitlines()
   ssh = 'gcloud compute tpus tpu-vm ssh pod --zone=us-east5-a'
   assert lines[:5] == [
+    'git ls-files -z -co --exclude-standard | tar czf code.tar.gz --null -T -  # without deleted files',
     'gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-east5-a --accelerator-type=v5p-128 '
     '--runtime-version=v2-alpha-tpuv5 --spot',
     'gcloud compute tpus queued-resources describe pod --zone=us-east5-a --format=value\\(state.state\\)',
-    'git ls-files -z -co --exclude-standard | tar czf code.tar.gz --null -T -',
     f'{ssh} --worker=0 --command=true',
     'gcloud compute tpus tpu-vm scp code.tar.gz pod: --zone=us-east5-a --worker=all',
   ]
@@ -82,9 +82,52 @@ def test_tpu_vm_dry_run():
   unquoted = [line.replace('\\', '') for line in lines[6:]]
   assert unquoted == [
     f'{ssh} --worker=all --command=cd latent_loop; nohup bash launch/keep_going.sh .venv/bin/python -u -m launch.train '
-    '--cluster=tpu --config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x >train.log 2>&1 </dev/null & sleep 1',
-    f'{ssh} --worker=0 --command=tail -n +1 -F latent_loop/train.log',
+    '--cluster=tpu --wait_secs=3600 --config=experiments/huginn_3p5b.py --workdir=/mnt/runs/x '
+    '>>train.log 2>&1 </dev/null & sleep 1',
+    f'{ssh} --worker=0 --command=tail -n 100 -F latent_loop/train.log',
   ]
+
+
+def fake(folder: Path, **programs: str) -> dict[str, str]:
+  """An environment whose path begins with these shell programs; what they write to $CALLS is in folder/calls."""
+  folder.mkdir(exist_ok=True)
+  for name, text in programs.items():
+    (folder / name).write_text(f'#!/usr/bin/env bash\n{text}')
+    (folder / name).chmod(0o755)
+  return {**ENV, 'PYTHON': '', 'PATH': f'{folder}:{ENV["PATH"]}', 'CALLS': str(folder / 'calls')}
+
+
+GCLOUD = """
+echo "$@" >>"$CALLS"
+case "$*" in
+  *describe*) echo $STATE; exit ${DESCRIBED:-0} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+  'state, words',
+  [
+    ({'STATE': 'FAILED'}, 'the queued resource pod is FAILED and will not come up'),
+    ({'STATE': 'SUSPENDED'}, 'the queued resource pod is SUSPENDED and will not come up'),
+    ({'STATE': '', 'DESCRIBED': '1'}, 'gcloud does not say the state of pod'),
+    ({'STATE': 'ACTIVE'}, None),
+  ],
+)
+def test_tpu_vm_packs_and_waits_for_what_can_come(tmp_path, state, words):
+  """In a checkout where a file that git tracks is gone."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(ROOT / 'launch/tpu_vm.sh', tmp_path / 'launch')
+  (tmp_path / 'gone.py').touch()
+  subprocess.run('git init -q && git add . && rm gone.py && touch "a new.py"', shell=True, cwd=tmp_path, check=True)
+  env = fake(tmp_path / 'launch/bin', gcloud=GCLOUD, sleep='exit 1') | state
+  options = ['--name=pod', '--zone=z', '--type=v5p-8', '--runtime=r', '--', '--x']
+  command = ['bash', tmp_path / 'launch/tpu_vm.sh', *options]
+  result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
+  assert result.returncode == (2 if words else 0) and (words or '') in result.stderr, result.stderr
+  assert ('launch.train' in (tmp_path / 'launch/bin/calls').read_text()) == (words is None)
+  packed = subprocess.run(['tar', 'tzf', tmp_path / 'code.tar.gz'], capture_output=True, text=True, check=True).stdout
+  assert {'a new.py', 'launch/tpu_vm.sh'} <= set(packed.splitlines()) and 'gone.py' not in packed
 
 
 def test_tpu_vm_starts_every_slice():
@@ -114,15 +157,6 @@ def test_slurm_gives_the_end_of_the_job_as_a_time_limit(job_minutes, limits):
   result = subprocess.run(command, cwd=ROOT, env=ends, capture_output=True, text=True)
   minutes = int(re.search(r'--cluster=slurm --wait_secs=3600 --time_limit=(\S+) --config=a.py', result.stdout).group(1))
   assert minutes in limits
-
-
-def fake(folder: Path, **programs: str) -> dict[str, str]:
-  """An environment whose path begins with these shell programs; what they write to $CALLS is in folder/calls."""
-  folder.mkdir(exist_ok=True)
-  for name, text in programs.items():
-    (folder / name).write_text(f'#!/usr/bin/env bash\n{text}')
-    (folder / name).chmod(0o755)
-  return {**ENV, 'PYTHON': '', 'PATH': f'{folder}:{ENV["PATH"]}', 'CALLS': str(folder / 'calls')}
 
 
 SRUN = """
@@ -187,6 +221,31 @@ def test_gke_starts_again_after_the_codes_that_a_wrapper_resumes_on():
   assert final == ALL_CODES - {exit_codes.DONE} - set(exit_codes.RESUME)
 
 
+KUBECTL = """
+echo "$@" >>"$CALLS"
+[ "$1" != get ] || echo -n "$STATE"
+[ "$1" != apply ] || cat >/dev/null
+"""
+
+
+@pytest.mark.parametrize(
+  'state, calls',
+  [
+    ('', ['get', 'apply']),
+    ('JobSet Failed', ['get', 'delete', 'apply']),
+    ('JobSet Completed', ['get', 'delete', 'apply']),
+    ('JobSet ', ['get']),
+  ],
+)
+def test_gke_replaces_a_jobset_that_has_ended_and_refuses_one_that_runs(tmp_path, state, calls):
+  env = fake(tmp_path, kubectl=KUBECTL) | {'STATE': state}
+  command = ['bash', 'launch/gke/jobset.sh', *GKE, '--', '--x']
+  result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+  assert [line.split()[0] for line in (tmp_path / 'calls').read_text().splitlines()] == calls
+  runs = calls == ['get']
+  assert result.returncode == (2 if runs else 0) and ('error: a JobSet pod is there' in result.stderr) == runs
+
+
 FAKE = """
 import pathlib, signal, os, sys, time
 codes = pathlib.Path(sys.argv[1])
@@ -248,6 +307,12 @@ def test_exit_codes_are_those_of_the_documented_table():
   assert [int(row) for row in rows] == sorted(ALL_CODES)
 
 
+def test_the_image_holds_nothing_that_git_leaves_out():
+  """Neither runs nor data nor an environment, which COPY would take."""
+  left_out, ignored = ((ROOT / name).read_text().split() for name in ('.gitignore', '.dockerignore'))
+  assert {'.git', *(line.strip('/') for line in left_out)} <= {line.removeprefix('**/') for line in ignored}
+
+
 def test_gke_dry_run():
   options = ['--name=pod', '--image=i:1', '--accelerator=tpu-v5p-slice', '--topology=4x4x4', '--hosts=16', '--chips=4']
   train = ['--', '--config=experiments/huginn_3p5b.py', "--config.name=it's"]
@@ -263,7 +328,7 @@ def test_gke_dry_run():
     'gke-tpu-accelerator: tpu-v5p-slice',
     'gke-tpu-topology: 4x4x4',
     'image: i:1',
-    "launch.train, --cluster=tpu, '--config=experiments/huginn_3p5b.py', '--config.name=it''s']",
+    "launch.train, --cluster=tpu, --wait_secs=3600, '--config=experiments/huginn_3p5b.py', '--config.name=it''s'] #",
     'google.com/tpu: 4',
     'claimName: runs',
   ):

@@ -39,9 +39,20 @@ manifest=$(<launch/gke/jobset.yaml)
 for key in name image accelerator topology hosts chips claim slices flags; do
   manifest=${manifest//"@$(printf %s "$key" | tr a-z A-Z)@"/"${!key}"}
 done
+# `apply` starts nothing where a JobSet of this name is, though it has ended. In the foreground: its pods are gone after it.
+delete=(kubectl delete jobset "$name" --cascade=foreground --wait)
 if [ -n "$dry_run" ]; then
-  printf '%s\n' "$manifest" 'kubectl apply -f - # with the manifest above'
+  printf '%s\n' "$manifest" "${delete[*]}  # where one Failed or Completed" 'kubectl apply -f - # with the manifest above'
 else
+  state=$(kubectl get jobset "$name" --ignore-not-found -o 'jsonpath={.kind} {.status.terminalState}')
+  case $state in
+    '') ;;
+    *Failed | *Completed) "${delete[@]}" ;;
+    *)
+      echo "error: a JobSet $name is there and has not ended; give another --name, or end it: ${delete[*]}" >&2
+      exit 2
+      ;;
+  esac
   printf '%s\n' "$manifest" | kubectl apply -f -
   echo "watch it: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 fi
