@@ -81,15 +81,18 @@ def test_training_flops_are_those_of_the_unrolled_programs_gradient(kind, n, k):
   assert flops_per_token(jax.value_and_grad(loss), params, s_BTD) == cost.count(model, T).train(n, k)
 
 
+@pytest.mark.parametrize('weights', ['gather_once', 'gather_per_iteration'])
 @pytest.mark.parametrize('remat', ['none', 'iteration', 'block'])
-def test_recomputed_flops_are_those_of_the_production_program(remat):
+def test_recomputed_flops_are_those_of_the_production_program(remat, weights):
   """The real loop and the real loss: what their jaxpr holds beyond `train` is `recompute`, less what is `spared`."""
+  fetch = (lambda params, s_BTD: params) if weights == 'gather_per_iteration' else None
   model = tiny_model(**KINDS['huginn'], **{'model.remat': remat})
   params, s_BTD, batch = params_and_inputs(model)
   n, cfg, counted = 4, tiny_config().train, cost.count(model, T)
+  counted = counted.gathering_per_iteration() if fetch else counted
 
   def loss(params, s_BTD):
-    y_BTD = model.forward(params, s_BTD, batch.tokens_BT, rows_of(batch), n, K)
+    y_BTD = model.forward(params, s_BTD, batch.tokens_BT, rows_of(batch), n, K, fetch)
     return chunked_loss(model, params, y_BTD, batch, cfg).value()
 
   assert flops_per_token(jax.value_and_grad(loss), params, s_BTD) == counted.computed(n, K, tiny_config().loss_chunks)

@@ -73,7 +73,7 @@ def test_the_recommended_threshold_is_the_cheapest_that_is_good_enough():
   values_RXEC[..., rules.CRITERIA.index('cosine')] = 1.0  # says nothing
   numbers = {'nll_RX': nll_RX, 'right_RX': nll_RX < 1.5, 'values_RXEC': values_RXEC}
   head, core = 1000, 10
-  costs = dict(parameters={}, remat='none', outer_blocks=0, core_blocks=0, drive=0)
+  costs = dict(parameters={}, remat='none', outer_blocks=0, core_blocks=0, core_last_block=0, drive=0)
   cheap_head = exit_eval.curves(numbers, Cost(outer=5, coda=2, core=core, head=0, **costs))
   numbers = exit_eval.curves(numbers, Cost(outer=5, coda=2, core=core, head=head, **costs))
   assert (cheap_head['best']['kl']['every'], numbers['best']['kl']['every']) == (1, 2)

@@ -102,6 +102,17 @@ def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
   assert numbers['compile_seconds'] is None
 
 
+@pytest.mark.parametrize('remat', ['none', 'block'])
+def test_gathering_per_iteration_is_planned_with_what_it_computes_again(remat):
+  found, times = topology.find('h200:8', 1), {}
+  for weights in ('gather_once', 'gather_per_iteration'):
+    config = tiny_config(**{'mesh.weights': weights, 'model.remat': remat})
+    counted = cost.count(build(config.model, config.depth), T)
+    times[weights] = Roofline(config, counted, found, [], 1).at(5, 3).matmul
+  more = 3 * (counted.core - counted.drive - (counted.core_last_block if remat == 'block' else 0))
+  assert times['gather_per_iteration'] - times['gather_once'] == pytest.approx(more * B * T / 8 / 989e12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, says',

@@ -23,10 +23,11 @@ class Cost:
   outer: int  # forward FLOPs of prelude, coda and what stands between loop and coda
   core: int  # forward FLOPs of one iteration
   head: int  # forward FLOPs of the logits
-  remat: str
+  remat: str  # config.model.remat, or 'block_in_iteration'
   coda: int  # the part of outer that every reading of a state pays, with the head
   outer_blocks: int  # forward FLOPs of the prelude's and coda's blocks alone
   core_blocks: int  # forward FLOPs of one iteration's blocks, without the injection
+  core_last_block: int  # forward FLOPs of the last of an iteration's blocks
   drive: int  # forward FLOPs of the injection's part that does not read the state
 
   @property
@@ -48,7 +49,13 @@ class Cost:
     """What the backward pass computes again: logits in chunks, and blocks or iterations by config.model.remat."""
     iteration = self.core - self.drive
     again = {'none': 0, 'iteration': iteration * k, 'block': self.outer_blocks + self.core_blocks * k}
+    # The iteration is computed again up to the input of its last block, and then each block by itself.
+    again['block_in_iteration'] = again['block'] + (iteration - self.core_last_block) * k
     return self.head * (loss_chunks > 1) + again[self.remat]
+
+  def gathering_per_iteration(self) -> 'Cost':
+    """The cost where iterations gather their weights: all are computed again, whatever config.model.remat says."""
+    return dataclasses.replace(self, remat='block_in_iteration' if self.remat == 'block' else 'iteration')
 
   def spared(self, n: float, k: float) -> float:
     """What every iteration but the first with gradient does not compute, though `train` counts it."""
@@ -87,5 +94,6 @@ def count(model: Model, seq_len: int) -> Cost:
     coda=coda + core_exit,
     outer_blocks=outer,
     core_blocks=core,
+    core_last_block=core // cfg.num_core_layers,
     drive=injection // 2 if cfg.injection == 'linear' else injection,
   )

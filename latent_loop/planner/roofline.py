@@ -48,7 +48,9 @@ class Roofline:
   """Step time as a function of depth for a config on a topology."""
 
   def __init__(self, config: Config, cost: Cost, topology: Topology, collectives: list[Collective], microbatches: int):
-    self._config, self._cost, self._topology = config, cost, topology
+    again = config.mesh.weights == 'gather_per_iteration'
+    self._cost = cost.gathering_per_iteration() if again else cost
+    self._config, self._topology = config, topology
     self._collectives, self._microbatches = collectives, microbatches
 
   def at(self, n: int, k: int) -> StepTime:
