@@ -68,6 +68,22 @@ def test_collectives_are_read_with_kind_size_axes_and_loops():
 
 
 @pytest.mark.parametrize(
+  'pairs, sent, axes',
+  [
+    ('{0,1},{1,0},{2,3},{3,2}', 32, ('fsdp',)),
+    ('{0,0},{1,4},{4,1}', 32, ('data', 'fsdp')),
+    ('{0,0},{1,2},{2,6}', 32, ('data', 'fsdp')),
+    ('{0,0},{1,1}', None, None),
+  ],
+)
+def test_a_permute_sends_all_it_holds_over_the_axes_of_all_its_pairs(pairs, sent, axes):
+  for op, type_ in ('collective-permute', 'f32[8]{0}'), ('collective-permute-start', '(f32[8]{0}, f32[8]{0})'):
+    line = f'  ROOT %p = {type_} {op}(%a), channel_id=1, source_target_pairs={{{pairs}}}'
+    found = hlo.collectives(f'ENTRY %main (a: f32[8]) -> f32[8] {{\n{line}\n}}\n', mesh_of(2, 4))
+    assert [(c.size_bytes, c.sent_bytes, c.axes) for c in found] == ([(32, sent, axes)] if sent else [])
+
+
+@pytest.mark.parametrize(
   'name, says',
   [
     ('v5p', 'unknown'),

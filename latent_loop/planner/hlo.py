@@ -23,6 +23,7 @@ _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _GROUPS_LISTED = re.compile(r'replica_groups=\{\{([\d,]+)\}')
 _GROUPS_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_PAIRS = re.compile(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}')
 _TRIPS = re.compile(r'known_trip_count\\?"?:\s*\{\s*\\?"n\\?"\s*:\s*\\?"(\d+)')
 
 
@@ -38,7 +39,8 @@ class Loop:
 class Collective:
   """size_bytes: of the whole array that is gathered or reduced, on one device.
 
-  sent_bytes: what one device sends, with a ring. axes: the mesh axes it runs over. loops: outermost first.
+  sent_bytes: what one device sends, with a ring; all that it holds in a permute. axes: the mesh axes it runs over.
+  loops: outermost first.
   """
 
   kind: str
@@ -118,7 +120,8 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
 
 
 def _collective(line: str, op: str, kind: str, loops: tuple[Loop, ...], mesh: Mesh) -> Collective:
-  axes, ways = _group(line, mesh)
+  groups = _groups(line, mesh)
+  axes, ways = _axes(groups, mesh), groups.shape[1]
   start = f'{op}-start(' in line
   shapes = _SHAPE.findall(line[: line.index(f' {op}')])
   sizes = [math.prod(map(int, filter(None, dims.split(',')))) * _item_bytes(dtype) for dtype, dims in shapes]
@@ -128,28 +131,30 @@ def _collective(line: str, op: str, kind: str, loops: tuple[Loop, ...], mesh: Me
     sizes = [max(sizes)]
   size = sum(sizes) * (ways if op == 'reduce-scatter' else 1)
   passes = 2 if kind == 'all-reduce' else 1
-  return Collective(kind, size, passes * size * (ways - 1) // ways, axes, loops, _scope(line))
+  sent = size * bool(axes) if kind == 'collective-permute' else passes * size * (ways - 1) // ways
+  return Collective(kind, size, sent, axes, loops, _scope(line))
 
 
 def _item_bytes(dtype: str) -> int:
   return _BYTES.get(dtype) or max(int(re.sub(r'\D', '', dtype.partition('e')[0]) or 8) // 8, 1)
 
 
-def _group(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-  """(axes that vary within one group of devices, devices in it)."""
+def _groups(line: str, mesh: Mesh) -> np.ndarray:
+  """Of a permute all pairs, one a row; of another collective one group, which is as all of them are."""
   if listed := _GROUPS_LISTED.search(line):
-    members = [int(i) for i in listed[1].split(',')]
-  elif iota := _GROUPS_IOTA.search(line):
+    return np.array([[int(i) for i in listed[1].split(',')]])
+  if iota := _GROUPS_IOTA.search(line):
     ints = lambda text: [int(i) for i in text.split(',')]
     ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
     ids = ids.transpose(ints(iota[3])) if iota[3] else ids
-    members = ids.reshape(ints(iota[1]))[0].tolist()
-  elif pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', line):
-    members = [int(pairs[1]), int(pairs[2])]
-  else:
-    members = list(range(mesh.size))
-  if len(members) == 1:
-    return (), 1
-  places = np.stack(np.unravel_index(members, mesh.devices.shape))
-  varying = (places != places[:, :1]).any(axis=1)
-  return tuple(name for name, varies in zip(mesh.axis_names, varying, strict=True) if varies), len(members)
+    return ids.reshape(ints(iota[1]))[:1]
+  if pairs := _PAIRS.search(line):
+    return np.array(re.findall(r'\d+', pairs[1]), int).reshape(-1, 2)
+  return np.arange(mesh.size)[None]
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+  """The axes that vary within a group."""
+  places = np.stack(np.unravel_index(groups, mesh.devices.shape))
+  varying = (places != places[..., :1]).any(axis=(1, 2))
+  return tuple(name for name, varies in zip(mesh.axis_names, varying, strict=True) if varies)
