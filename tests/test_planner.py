@@ -89,6 +89,8 @@ def test_a_permute_sends_all_it_holds_over_the_axes_of_all_its_pairs(pairs, sent
     ('v5p', 'unknown'),
     ('v9:2x2', 'unknown'),
     ('h100:x', 'unknown'),
+    ('cpu:0', '^--topology=cpu:0: .* a number from 1'),
+    ('v5e:2x0', '^--topology=v5e:2x0: .* a number from 1'),
     ('cpu:9', 'shows 8 CPU device.*set XLA_FLAGS=--xla_force_host_platform_device_count=9$'),
   ],
 )
@@ -107,15 +109,27 @@ def test_an_absent_tpu_compiler_is_a_sentence_that_says_how_to_get_it(monkeypatc
 
 def test_a_gpu_is_counted_without_a_compiler_and_a_step_is_linear_in_depth():
   config = tiny_config()
-  found = topology.find('mi250x:4', 2)
-  assert (found.num_chips, found.devices) == (8, [])
+  found = topology.find('h200:4', 2)
+  assert (found.num_chips, found.num_devices) == (8, 8)
   counted = cost.count(build(config.model, config.depth), T)
   at = Roofline(config, counted, found, [], 1).at
-  assert at(9, 3).matmul - at(5, 3).matmul == pytest.approx(4 * (counted.core - counted.drive) * B * T / 8 / 383e12)
+  assert at(9, 3).matmul - at(5, 3).matmul == pytest.approx(4 * (counted.core - counted.drive) * B * T / 8 / 989e12)
   assert 0 < at(5, 3).mfu < 1
-  numbers = planner.summary(planner.plan(config, 'mi250x:4', 2, None, print))
+
+
+def test_chips_that_are_two_devices_are_planned_as_two_and_counted_without_a_compiler():
+  made = planner.plan(tiny_config(), 'mi250x:2', 2, None, print)
+  numbers = planner.summary(made)
   assert KEYS <= numbers.keys() and numbers['fits'] is None and numbers['weight_collectives_elsewhere'] is None
   assert numbers['compile_seconds'] is None
+  assert (numbers['chips'], numbers['devices'], numbers['mesh']['data']) == (4, 8, 4)
+  assert numbers['hbm_capacity_bytes'] == 64 * 2**30, 'half a chip each'
+  at = made.roofline().at(5, 3)
+  assert at.peak == 383e12 / 2 and at.model_flops_per_device * 8 == pytest.approx(
+    (made.cost.train(5, 3) - made.cost.spared(5, 3)) * B * T
+  )
+  text = planner.describe(made, numbers)
+  assert 'mi250x:2: 4 chips, 8 devices' in text and '--config.mesh.dcn=2 --config.mesh.data=4 ' in text
 
 
 @pytest.mark.parametrize('remat', ['none', 'block'])

@@ -34,9 +34,11 @@ def find(name: str, slices: int) -> Topology:
   """The topology `name`, `slices` times. Raises BadInput for an unknown one, or where libtpu is absent."""
   known = {chip.name: chip for chip in (*CHIPS, _LAPTOP)}
   kind, _, size = name.partition(':')
-  shaped = re.fullmatch(r'\d+(x\d+)*', size)
+  shaped = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', size)
   if kind not in known or not shaped:
-    raise BadInput(f'--topology={name}: unknown; write a chip ({", ".join(known)}) and a shape or number, as v5p:4x4x4')
+    raise BadInput(
+      f'--topology={name}: unknown; write a chip ({", ".join(known)}) and a shape or a number from 1, as v5p:4x4x4'
+    )
   if slices < 1:
     raise BadInput(f'--slices={slices}: a plan needs at least one slice; give a number from 1')
   chip, total = known[kind], math.prod(map(int, size.split('x'))) * slices
@@ -48,7 +50,8 @@ def find(name: str, slices: int) -> Topology:
       )
     return Topology(name, chip, jax.devices()[:total], total, total)
   if not chip.kinds[0].startswith('TPU'):
-    return Topology(name, chip, gpus.devices(chip, total), total, total)
+    count = total * chip.devices
+    return Topology(name, chip, gpus.devices(chip, count), count, total)
   devices = _tpu_devices(name, slices)
   return Topology(name, chip, devices, len(devices), count_chips(devices))
 
