@@ -143,6 +143,26 @@ def test_gathering_per_iteration_is_planned_with_what_it_computes_again(remat):
   assert times['gather_per_iteration'] - times['gather_once'] == pytest.approx(more * B * T / 8 / 989e12)
 
 
+@pytest.mark.parametrize(
+  'name, mesh, kind, axes, speed',
+  [
+    ('h200:8', {'fsdp': 8}, 'all-gather', ('fsdp',), 450e9),
+    ('h200:64', {'data': 8, 'fsdp': 8}, 'all-gather', ('fsdp',), 450e9),
+    ('h200:64', {'data': 8, 'fsdp': 8}, 'all-reduce', ('data',), 50e9),
+    ('h200:64', {'data': 4, 'fsdp': 16}, 'reduce-scatter', ('fsdp',), 400e9),
+    ('h200:64', {'data': 4, 'fsdp': 16}, 'collective-permute', ('fsdp',), 50e9),
+    ('h200:64', {'data': 2, 'fsdp': 8, 'tensor': 4}, 'all-gather', ('fsdp',), 100e9),
+    ('a100:16', {'fsdp': 16}, 'all-gather', ('fsdp',), 200e9),
+    ('mi250x:8', {'fsdp': 16}, 'all-gather', ('fsdp',), 100e9),
+  ],
+)
+def test_between_hosts_of_gpus_a_ring_is_as_fast_as_the_network_cards_of_its_members(name, mesh, kind, axes, speed):
+  config = tiny_config(**{f'mesh.{axis}': size for axis, size in {'data': 1, **mesh}.items()})
+  counted = cost.count(build(config.model, config.depth), T)
+  roofline = Roofline(config, counted, topology.find(name, 1), [hlo.Collective(kind, 9, 7, axes, (), '')], 1)
+  assert roofline.at(5, 3).communication == pytest.approx(7 / speed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, says',

@@ -5,7 +5,7 @@ import importlib.util
 import jax
 from jax.experimental import topologies
 
-from latent_loop.parallel.chips import Chip
+from latent_loop.parallel.chips import HOST_GPUS, Chip
 
 HAS_COMPILER = any(map(importlib.util.find_spec, ('jax_cuda13_plugin', 'jax_cuda12_plugin')))
 # Of one chip: compute capability, multiprocessors, float32 units of each, bytes of shared memory of each and the most
@@ -16,11 +16,11 @@ OPTIONS = {'xla_gpu_autotune_level': 0}  # there is nothing to try kernels on
 
 
 def devices(chip: Chip, count: int) -> list:
-  """`count` GPUs to compile for, 8 in a host; none without JAX's CUDA plugin, or for a chip not described here."""
+  """`count` GPUs to compile for; none without JAX's CUDA plugin, or for a chip not described here."""
   if chip.name not in _CHIPS or not HAS_COMPILER:
     return []
   jax.devices()  # registers the plugin
-  hosts = count // 8 if count % 8 == 0 else 1
+  hosts = count // HOST_GPUS if count % HOST_GPUS == 0 else 1
   shape = f'1x{hosts}x{count // hosts}'
   return list(topologies.get_topology_desc('', 'cuda', target_config=_described(chip), topology=shape).devices)
 

@@ -13,6 +13,8 @@ import numpy as np
 from latent_loop.config import Config
 from latent_loop.model import depth
 from latent_loop.model.cost import Cost
+from latent_loop.parallel import mesh as meshes
+from latent_loop.parallel.chips import HOST_GPUS
 from latent_loop.planner.hlo import Collective
 from latent_loop.planner.topology import Topology
 
@@ -51,7 +53,8 @@ class Roofline:
     again = config.mesh.weights == 'gather_per_iteration'
     self._cost = cost.gathering_per_iteration() if again else cost
     self._config, self._topology = config, topology
-    self._collectives, self._microbatches = collectives, microbatches
+    self._microbatches = microbatches
+    self._sent = [(collective, self._bandwidth(collective)) for collective in collectives]
 
   def at(self, n: int, k: int) -> StepTime:
     config, cost, chips = self._config, self._cost, self._topology.chips_per_device
@@ -86,10 +89,21 @@ class Roofline:
     return max(self._config.mesh.fsdp, 1) * max(self._config.mesh.tensor, 1)
 
   def _communication(self, n: int) -> float:
-    links = self._topology.chip.link_bandwidth * self._topology.chips_per_device
-    slow = DCN_BANDWIDTH * self._topology.chips_per_device
-    seconds = lambda c: c.bytes_per_step(n) / (slow if 'dcn' in c.axes else links)
-    return sum(map(seconds, self._collectives))
+    return sum(collective.bytes_per_step(n) / bandwidth for collective, bandwidth in self._sent)
+
+  def _bandwidth(self, collective: Collective) -> float:
+    """Bytes/s of one device. A ring leaves each host once over the network cards of all its members there."""
+    chip, chips = self._topology.chip, self._topology.chips_per_device
+    if 'dcn' in collective.axes:
+      return DCN_BANDWIDTH * chips
+    sizes = meshes.resolve(self._config.mesh, self._topology.num_devices)
+    ids = np.arange(self._topology.num_devices).reshape(tuple(sizes.values()))
+    members = ids[tuple(slice(None) if axis in collective.axes else 0 for axis in sizes)]
+    near = int((members < HOST_GPUS).sum())
+    if near == members.size:
+      return chip.link_bandwidth * chips
+    cards = 1 if collective.kind in ('collective-permute', 'all-to-all') else near
+    return min(chip.link_bandwidth, chip.network_bandwidth * cards) * chips
 
   def over_law(self) -> list[StepTime]:
     """The step at many draws of the depth law, after any curriculum."""
