@@ -18,7 +18,7 @@ from latent_loop.errors import BadInput
 from latent_loop.model import build, cost
 from latent_loop.parallel import mesh as meshes
 from latent_loop.planner import gpus, hlo, topology
-from latent_loop.planner.plan import _out_of_memory
+from latent_loop.planner.plan import Memory, _out_of_memory
 from latent_loop.planner.roofline import Roofline
 from tests.reading_path import ROOT
 from tests.tiny import B, T, V, mesh_of, tiny_config
@@ -123,7 +123,7 @@ def test_chips_that_are_two_devices_are_planned_as_two_and_counted_without_a_com
   assert KEYS <= numbers.keys() and numbers['fits'] is None and numbers['weight_collectives_elsewhere'] is None
   assert numbers['compile_seconds'] is None
   assert (numbers['chips'], numbers['devices'], numbers['mesh']['data']) == (4, 8, 4)
-  assert numbers['hbm_capacity_bytes'] == 64 * 2**30, 'half a chip each'
+  assert numbers['hbm_capacity_bytes'] == int(64 * 2**30 * gpus.memory_share()), 'half a chip each'
   at = made.roofline().at(5, 3)
   assert at.peak == 383e12 / 2 and at.model_flops_per_device * 8 == pytest.approx(
     (made.cost.train(5, 3) - made.cost.spared(5, 3)) * B * T
@@ -161,6 +161,35 @@ def test_between_hosts_of_gpus_a_ring_is_as_fast_as_the_network_cards_of_its_mem
   counted = cost.count(build(config.model, config.depth), T)
   roofline = Roofline(config, counted, topology.find(name, 1), [hlo.Collective(kind, 9, 7, axes, (), '')], 1)
   assert roofline.at(5, 3).communication == pytest.approx(7 / speed)
+
+
+@pytest.mark.parametrize(
+  'environment, capacity, says',
+  [
+    ({}, 105.75, '75% of the device; XLA_CLIENT_MEM_FRACTION=0.92 in the environment makes it more)'),
+    ({'XLA_PYTHON_CLIENT_MEM_FRACTION': '.5'}, 70.5, '50% of the device; XLA_CLIENT_MEM_FRACTION=0.92'),
+    ({'XLA_CLIENT_MEM_FRACTION': '.92'}, 129.72, '92% of the device)'),
+  ],
+)
+def test_a_plan_fits_in_the_part_of_a_gpu_that_jax_gives_a_process(environment, capacity, says, monkeypatch):
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  made = planner.plan(tiny_config(), 'mi250x:4', 1, None, print)
+  found, memory = topology.find('h200:8', 1), Memory(1, 1, 1, 106 * 2**30)
+  made = dataclasses.replace(made, topology=found, memory=memory, collectives=[], hlo_text='')
+  numbers = planner.summary(made)
+  assert numbers['hbm_capacity_bytes'] == pytest.approx(capacity * 2**30, abs=1)
+  assert made.fits is (capacity > 106)
+  assert f'106.00 of {capacity:.2f} GiB per device' in (text := planner.describe(made, numbers)) and says in text
+
+
+def test_a_share_of_a_gpu_that_is_none_is_a_sentence(monkeypatch):
+  for value, says in ('92', '=92 in the environment: .* at most 1'), ('most', 'could not convert .*mend or unset XLA_'):
+    monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', value)
+    with pytest.raises(BadInput, match=says):
+      topology.find('h200:8', 1)
 
 
 @pytest.mark.slow

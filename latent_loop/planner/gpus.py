@@ -4,7 +4,9 @@ import importlib.util
 
 import jax
 from jax.experimental import topologies
+from jaxlib import xla_client
 
+from latent_loop.errors import BadInput
 from latent_loop.parallel.chips import HOST_GPUS, Chip
 
 HAS_COMPILER = any(map(importlib.util.find_spec, ('jax_cuda13_plugin', 'jax_cuda12_plugin')))
@@ -12,6 +14,7 @@ HAS_COMPILER = any(map(importlib.util.find_spec, ('jax_cuda13_plugin', 'jax_cuda
 # of a block, of the second-level cache, clock in GHz.
 _HOPPER = ((9, 0), 132, 128, 233472, 232448, 52428800, 1.98)
 _CHIPS = {'a100': ((8, 0), 108, 64, 167936, 166912, 41943040, 1.41), 'h100': _HOPPER, 'h200': _HOPPER}
+MEMORY_VARIABLE = 'XLA_CLIENT_MEM_FRACTION'
 OPTIONS = {'xla_gpu_autotune_level': 0}  # there is nothing to try kernels on
 
 
@@ -23,6 +26,17 @@ def devices(chip: Chip, count: int) -> list:
   hosts = count // HOST_GPUS if count % HOST_GPUS == 0 else 1
   shape = f'1x{hosts}x{count // hosts}'
   return list(topologies.get_topology_desc('', 'cuda', target_config=_described(chip), topology=shape).devices)
+
+
+def memory_share() -> float:
+  """The part of a GPU's memory that JAX gives a process: by its own default, or what the environment says."""
+  try:
+    share = xla_client.generate_pjrt_gpu_plugin_options().get('memory_fraction', 0.75)
+  except ValueError as error:
+    raise BadInput(f'the environment: JAX does not take it ({error}); mend or unset {MEMORY_VARIABLE}') from error
+  if not 0 < share <= 1:
+    raise BadInput(f'{MEMORY_VARIABLE}={share:g} in the environment: it is a share of a GPU, above 0 and at most 1')
+  return share
 
 
 def _described(chip: Chip) -> str:

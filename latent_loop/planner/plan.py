@@ -58,7 +58,9 @@ class Plan:
 
   @property
   def capacity(self) -> int:
-    return int(self.topology.chip.hbm_bytes * self.topology.chips_per_device)
+    """Bytes of a device that a process may use."""
+    its = self.topology
+    return int(its.chip.hbm_bytes * its.chips_per_device * its.memory_share)
 
   @property
   def fits(self) -> bool | None:

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from latent_loop.config import Config
+from latent_loop.planner import gpus
 from latent_loop.planner.plan import MODES, Plan
 
 GiB = 2**30
+_ENOUGH = 0.92  # of a GPU's memory; the rest is the driver's and the communication library's
 
 
 def describe(made: Plan, numbers: dict[str, Any]) -> str:
@@ -50,7 +52,15 @@ def _memory(made: Plan) -> list[tuple[str, str]]:
     if parts.arguments
     else ''
   )
-  return [('memory', f'{used / GiB:.2f} of {capacity / GiB:.2f} GiB per device{detail}: {verdict}')]
+  return [('memory', f'{used / GiB:.2f} of {capacity / GiB:.2f} GiB per device{detail}: {verdict}{_of_memory(made)}')]
+
+
+def _of_memory(made: Plan) -> str:
+  share = made.topology.memory_share
+  if share == 1:
+    return ''
+  more = f'; {gpus.MEMORY_VARIABLE}={_ENOUGH} in the environment makes it more' if share < _ENOUGH else ''
+  return f' (JAX gives a process {share:.0%} of the device{more})'
 
 
 def _collectives(made: Plan, numbers: dict[str, Any]) -> list[tuple[str, str]]:

@@ -17,13 +17,17 @@ _LAPTOP = Chip('cpu', ('cpu',), 1e11, 16 * 2**30, 2e10, 1e10)  # orders of magni
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """devices: to compile for; empty where no compiler for them is here, and only counting is possible."""
+  """devices: to compile for; empty where no compiler for them is here, and only counting is possible.
+
+  memory_share: the part of a device's memory that JAX gives a process.
+  """
 
   name: str
   chip: Chip
   devices: list
   num_devices: int
   num_chips: int
+  memory_share: float = 1.0
 
   @property
   def chips_per_device(self) -> float:
@@ -51,7 +55,7 @@ def find(name: str, slices: int) -> Topology:
     return Topology(name, chip, jax.devices()[:total], total, total)
   if not chip.kinds[0].startswith('TPU'):
     count = total * chip.devices
-    return Topology(name, chip, gpus.devices(chip, count), count, total)
+    return Topology(name, chip, gpus.devices(chip, count), count, total, gpus.memory_share())
   devices = _tpu_devices(name, slices)
   return Topology(name, chip, devices, len(devices), count_chips(devices))
 
