@@ -32,12 +32,12 @@ def small_pieces(monkeypatch):
 
 
 def installed() -> bool:
-  """Whether launch/beam.sh has done it in five minutes; if not, it ends with all that it started."""
+  """Whether launch/beam.sh has done it in minutes; if not, it ends with all that it started."""
   env = {**os.environ, 'PIP_NO_COMPILE': '0'}  # 0 is yes, to pip; most of it is never imported
   command = ['bash', 'launch/beam.sh', '--help']
   with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True) as process:
     try:
-      return process.wait(timeout=300) == 0
+      return process.wait(timeout=200) == 0
     except subprocess.TimeoutExpired:
       os.killpg(process.pid, signal.SIGKILL)
       return False
