@@ -13,24 +13,25 @@ class StopRequest:
   """Within the context, `requested()` tells whether a signal came, or time.monotonic() has passed `deadline`.
 
   A second Ctrl-C acts as usual. The other signals come from schedulers, which repeat them: they change nothing more.
-  at_once: from when it is set a signal raises Stopped.
+  at_once: once it is set, the next signal raises Stopped. signaled: one came.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
   def __init__(self, deadline: float = math.inf):
-    self._deadline, self._signaled, self.at_once = deadline, False, False
+    self._deadline, self.signaled, self.at_once = deadline, False, False
 
   def __enter__(self) -> 'StopRequest':
     self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
     return self
 
   def requested(self) -> bool:
-    return self._signaled or time.monotonic() >= self._deadline
+    return self.signaled or time.monotonic() >= self._deadline
 
   def _receive(self, number: int, frame: object) -> None:
-    self._signaled = True
+    self.signaled = True
     if self.at_once:
+      self.at_once = False
       raise Stopped
     if number == signal.SIGINT:
       signal.signal(number, self._previous[number])

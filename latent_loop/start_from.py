@@ -56,11 +56,12 @@ def _make(config: Config, workdir: Path, source: Path) -> None:
   params, origin = _read(config, source, mesh)
   state = trained.first_state(config, params, mesh)
   open_workdir(workdir, config)
-  if jax.process_index() == 0:
-    with storage.full_disk_in_words(workdir / RECORD):
-      Folder(workdir).clean_up()  # a step 0 that a kill left without its manifest
-      storage.write(workdir / RECORD, json.dumps({'source': str(source), **origin}, indent=2) + '\n')
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    if jax.process_index() == 0:
+      checkpoints.folder.claim()
+      with storage.full_disk_in_words(workdir / RECORD):
+        checkpoints.folder.clean_up()  # a step 0 that a kill left without its manifest
+        storage.write(workdir / RECORD, json.dumps({'source': str(source), **origin}, indent=2) + '\n')
     checkpoints.save(0, state, {'config': dataclasses.asdict(config), 'data_fingerprint': data_fingerprint})
   say(f'{workdir}: begins with the parameters of {source}, step {origin["step"]}')
 

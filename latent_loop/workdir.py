@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from latent_loop import storage
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
+from latent_loop.metrics import read_lines
 from latent_loop.sealing import differences, fingerprint, from_json, to_json
 from latent_loop.storage import Path
 
@@ -49,6 +50,7 @@ def _open(workdir: Path, config: Config) -> None:
   try:
     if path.exists():
       check_owner(workdir, config)
+      _check_saves(workdir, config)
       return
     if workdir.is_file() or (workdir.is_dir() and {path.name for path in workdir.iterdir()} - _FIRST_FILES):
       raise BadInput(f'{workdir} exists and is not the folder of a run (no config.json); give another --workdir')
@@ -58,6 +60,20 @@ def _open(workdir: Path, config: Config) -> None:
     storage.check_listed(path)
   except OSError as error:
     raise BadInput(f'--workdir={workdir} cannot be used: {error}; give a folder that can be written') from error
+
+
+def _check_saves(workdir: Path, config: Config) -> None:
+  """Raises BadInput where a run has no folder of checkpoints any more: it would start over."""
+  folder = workdir / 'checkpoints'
+  if not storage.is_local(folder) or folder.exists():
+    return
+  step = max((record['step'] for record in read_lines(workdir / 'metrics.jsonl')), default=0)
+  first = max(cfg.checkpoint.every_steps for cfg in (config, read_config(workdir)))  # the latest of the first save
+  if folder.is_symlink() or step > first:
+    raise BadInput(
+      f'{folder}: not there, where metrics.jsonl has step {step}, and a run is never started over; bring it back (a '
+      'link may point to a disk that is not mounted), or give another --workdir'
+    )
 
 
 def check_owner(workdir: Path, config: Config, safe: Sequence[str] = SAFE) -> None:

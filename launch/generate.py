@@ -7,6 +7,7 @@ the terminal, where the background of a token shows its depth.
 
 import dataclasses
 import json
+import math
 import os
 import sys
 
@@ -58,7 +59,7 @@ def main() -> int:
   program.keep_compiled()
   model, tokenizer = load()
   requests = [_request(tokenizer, one, model.config.depth.mean) for one in asked]
-  engine = trained.engine_of(model, **_way(min((request.depth for request in requests), default=1)))
+  engine = trained.engine_of(model, **_way(min((request.depth for request in requests), default=math.inf)))
   print(f'cache: {engine.bytes_of(requests) / 1e6:.1f} MB', file=sys.stderr)
   if _PROMPTS.value == '-':
     _answer_in_json(tokenizer, engine, asked, requests)
@@ -101,7 +102,7 @@ def _prompts() -> list[str]:
   return text.removesuffix('\n').split('\n')  # other characters that end a line, as U+2028, belong to a prompt
 
 
-def _way(depth: int) -> dict:
+def _way(depth: float) -> dict:
   """The engine's options. depth: the least that is asked of it; raises BadInput for a draft that is no shorter."""
   from latent_loop.errors import BadInput
   from latent_loop.inference.speculate import Draft

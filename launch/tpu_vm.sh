@@ -55,12 +55,13 @@ pack() {
   done | tar czf code.tar.gz --null -T -
 }
 wait_for_resource() { # COMMAND that says its state
-  local state
+  local state failed=0
   while true; do
-    state=$("$@") || {
+    state=$("$@") && failed=0 || failed=$((failed + 1))
+    if [ "$failed" -ge 10 ]; then # in a row: one may be of the network
       echo "error: gcloud does not say the state of $name (see above); start again without --type once it is ACTIVE" >&2
       exit 2
-    }
+    fi
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING)

@@ -110,7 +110,7 @@ esac
   [
     ({'STATE': 'FAILED'}, 'the queued resource pod is FAILED and will not come up'),
     ({'STATE': 'SUSPENDED'}, 'the queued resource pod is SUSPENDED and will not come up'),
-    ({'STATE': '', 'DESCRIBED': '1'}, 'gcloud does not say the state of pod'),
+    ({'STATE': '', 'DESCRIBED': '1', 'SLEPT': '0'}, 'gcloud does not say the state of pod'),
     ({'STATE': 'ACTIVE'}, None),
   ],
 )
@@ -120,7 +120,7 @@ def test_tpu_vm_packs_and_waits_for_what_can_come(tmp_path, state, words):
   shutil.copy(ROOT / 'launch/tpu_vm.sh', tmp_path / 'launch')
   (tmp_path / 'gone.py').touch()
   subprocess.run('git init -q && git add . && rm gone.py && touch "a new.py"', shell=True, cwd=tmp_path, check=True)
-  env = fake(tmp_path / 'launch/bin', gcloud=GCLOUD, sleep='exit 1') | state
+  env = fake(tmp_path / 'launch/bin', gcloud=GCLOUD, sleep='exit ${SLEPT:-1}') | state
   options = ['--name=pod', '--zone=z', '--type=v5p-8', '--runtime=r', '--', '--x']
   command = ['bash', tmp_path / 'launch/tpu_vm.sh', *options]
   result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)

@@ -101,6 +101,15 @@ def test_beside_a_folder_train_nothing_else_is_trained_on(tmp_path):
   assert (len(train), len(validation)) == (36, 4) and got == [row[:-1] for row in rows[:40]]
 
 
+def test_files_beside_a_validation_folder_are_those_to_train_on(tmp_path):
+  rows = random_rows(30)
+  (tmp_path / 'val').mkdir()
+  write(tmp_path / 'a.parquet', rows[:20])
+  write(tmp_path / 'val' / 'b.parquet', rows[20:])
+  train, validation = (rows_of(tmp_path, split=split) for split in ('train', 'validation'))
+  assert (len(train), len(validation)) == (20, 10) and train[0]['tokens_BT'].tolist() == rows[0][:-1]
+
+
 @pytest.mark.slow
 def test_two_steps_of_training_without_preparation(folder, tmp_path, capsys):
   config = config_of(folder, folder / 'train' / '0001.parquet', weights=(0.75, 0.25))

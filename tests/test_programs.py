@@ -308,6 +308,31 @@ def test_a_full_disk_at_a_start_is_a_failed_save(copy):
     loop.run(tiny_run(**{'log.every_steps': 2}), copy)
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(copy):
+  (copy / 'checkpoints').rename(copy / 'elsewhere')
+  for make in (lambda: None, lambda: (copy / 'checkpoints').symlink_to(copy / 'not mounted')):
+    make()
+    with pytest.raises(BadInput, match='checkpoints: not there, where metrics.jsonl has step 4'):
+      loop.run(tiny_run(), copy)
+  (copy / 'checkpoints').unlink()
+  (copy / 'elsewhere').rename(copy / 'checkpoints')
+  assert loop.run(tiny_run(), copy) == exit_codes.DONE
+
+
+def test_a_run_that_was_stopped_ahead_of_its_first_save_begins_again(copy):
+  """As of a program that made the folder with the first save only; with another interval, too."""
+  shutil.rmtree(copy / 'checkpoints')
+  (copy / 'depth_report.json').unlink()
+  lines = (copy / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  (copy / 'metrics.jsonl').write_text(''.join(lines[:2]))
+  assert loop.run(tiny_run(**{'checkpoint.every_steps': 1}), copy) == exit_codes.DONE
+
+
+def test_a_time_limit_does_not_keep_a_run_from_its_report(copy):
+  (copy / 'depth_report.json').unlink()
+  assert loop.run(tiny_run(), copy, deadline=0.0) == exit_codes.DONE and (copy / 'depth_report.json').exists()
+
+
 @pytest.mark.parametrize('place', ['close', 'finish'])
 def test_a_signal_behind_the_last_step_is_no_loss(copy, monkeypatch, capsys, place):
   """While the last save is waited for, and in the report."""
@@ -316,7 +341,10 @@ def test_a_signal_behind_the_last_step_is_no_loss(copy, monkeypatch, capsys, pla
   original = getattr(at, place)
 
   def signaled(this):
-    signal.raise_signal(signal.SIGTERM)
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    finally:
+      signal.raise_signal(signal.SIGTERM)  # schedulers repeat it
     original(this)
 
   with monkeypatch.context() as patch:

@@ -8,7 +8,9 @@ holds the file `lock` beside the folder.
 
 import contextlib
 import fcntl
+import platform
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import IO
@@ -26,6 +28,15 @@ PATIENCE_SECS = 30.0  # so long a process that was told to end may take to do so
 _LEAVING = re.compile(r'(\d+)\.aside-(\d+)')
 
 
+def _machine() -> str:
+  """This one since it was started: no other has the number, nor will it have it again."""
+  try:
+    with open('/proc/sys/kernel/random/boot_id') as file:
+      return file.read().strip()
+  except OSError:
+    return platform.node()
+
+
 class Folder:
   """Process 0 alone changes it."""
 
@@ -37,35 +48,44 @@ class Folder:
     self._lock: IO | None = None
 
   def claim(self) -> None:
-    """Makes the folder and keeps other processes from it, as far as its disk has locks; an object store has none.
-
-    Raises BadInput when another process has it, and when it is gone: metrics.jsonl is younger than the folder.
+    """Keeps other processes of this machine from the folder, as far as its disk has locks; raises BadInput when one has
+    it. A disk of the network may keep the lock of a machine that is gone: of another machine's there is a warning only.
     """
-    with self.fault_in_words():
-      if storage.is_local(self.path) and not self.path.is_dir() and (self.path.parent / 'metrics.jsonl').exists():
-        raise BadInput(
-          f'{self.path}: not there, where metrics.jsonl tells of a run, which is never started over; bring it back (a '
-          'link may point to a disk that is not mounted), or give another --workdir'
-        )
-      self.path.mkdir(parents=True, exist_ok=True)
-      if self._lock is None and storage.is_local(self.path):
-        self._lock = open(self.path.parent / _LOCK, 'a')
-        self._wait_for_lock(time.monotonic() + PATIENCE_SECS)
+    if self._lock is not None or not storage.is_local(self.path):
+      return
+    try:
+      self._lock = open(self.path.parent / _LOCK, 'a+')
+      if self._is_mine(time.monotonic() + PATIENCE_SECS):
+        self._lock.truncate(0)
+        self._lock.write(_machine())
+        self._lock.flush()
+        return
+      self._lock.seek(0)
+      there = self._lock.read()
+    except OSError:
+      return  # a folder that cannot be written, of a run that has ended; or a disk without locks
+    if there == _machine():
+      self.release()
+      raise BadInput(
+        f"{self.path.parent}: another process trains here, and two would spoil each other's saves; end that one, or "
+        'give another --workdir'
+      )
+    print(
+      f'warning: {self.path.parent / _LOCK} is held by another machine; if a process there still trains here, end it: '
+      "two would spoil each other's saves",
+      file=sys.stderr,
+      flush=True,
+    )
 
-  def _wait_for_lock(self, deadline: float) -> None:
+  def _is_mine(self, deadline: float) -> bool:
     while True:
       try:
-        return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
       except BlockingIOError:
         if time.monotonic() >= deadline:
-          self.release()
-          raise BadInput(
-            f"{self.path.parent}: another process trains here, and two would spoil each other's saves; end that one, "
-            'or give another --workdir'
-          ) from None
+          return False
         time.sleep(0.1)
-      except OSError:
-        return  # a disk of the network without locks
 
   def release(self) -> None:
     if self._lock is not None:

@@ -95,9 +95,10 @@ def _find(path: str) -> dict[str, list[str]]:
   else:
     under = lambda folder: sorted(map(str, Path(folder).rglob('*.parquet')))
     found = {split: [f for name in names for f in under(Path(path, name))] for split, names in _FOLDERS.items()}
-    if not any(found.values()):
-      found = {'train': under(path)}
-    elif not found['validation']:  # what else lies beside train/, such as test/, is not to be trained on
+    if not found['train']:
+      held_out = {*found['validation']}
+      found['train'] = [file for file in under(path) if file not in held_out]
+    if not found['validation']:  # what else lies beside train/, such as test/, is not to be trained on
       found = {'train': found['train']}
   if not found['train']:
     raise BadInput(f'config.data.paths: {path}: no parquet file; give a file, a glob, or a folder with .parquet files')

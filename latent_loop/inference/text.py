@@ -31,10 +31,13 @@ def text_of(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -
 
 def in_json(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...] = ()) -> dict[str, Any]:
   """The text as of `text_of` and the answer up to the token that completes its stop string, as JSON can write it."""
-  typist = Typist(tokenizer, stops)
-  text = ''.join(piece for piece, _ in typist.read(answer))
-  by_token = {name: vars(answer)[name][: typist.tokens] for name in ('tokens', 'log_probs', 'depths')}
-  return finite({'text': text, **dataclasses.asdict(answer), **by_token, 'finish': typist.finish})
+  (text, finish), count = text_of(tokenizer, answer, stops), len(answer.tokens)
+  if _up_to_stop(tokenizer, answer, stops)[1] is not None:
+    typist = Typist(tokenizer, stops)  # only here: it decodes up to every token
+    typist.read(answer)
+    count = typist.tokens
+  by_token = {name: vars(answer)[name][:count] for name in ('tokens', 'log_probs', 'depths')}
+  return finite({'text': text, **dataclasses.asdict(answer), **by_token, 'finish': finish})
 
 
 def _up_to_stop(tokenizer: Tokenizer, answer: Answer, stops: tuple[str, ...]) -> tuple[str, int | None]:

@@ -14,6 +14,7 @@ from latent_loop.errors import BadInput
 # What one process reads between two marks, of the files as they lie on the disk: small parts cost little when killed,
 # and every shard looks into every part.
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES, _UNITS = 4 * 2**20, 512 * 2**20, 2048
+_LEFT_OUT = ('__pycache__', 'lost+found')  # folders, beside those that are hidden
 _TEXT = """txt md rst py pyi pyx pxd c h cc cpp cxx hpp hh cu cuh rs go java kt scala js jsx ts tsx rb pl pm lua jl r sh
   bash sql f f90 hs ml swift cs php tex bib html css toml yaml yml cfg ini proto cmake""".split()
 KINDS = {
@@ -51,9 +52,9 @@ class Part:
 def find(patterns: list[str]) -> tuple[list[File], dict[str, int]]:
   """(the files of all patterns in a fixed order, each once; the number of files left out, by ending).
 
-  A pattern is a glob (** crosses folders), a file, or a folder, which stands for the text and source files under it:
-  .jsonl and .parquet may be anything there, so they are named by globs; but a folder of `save_to_disk` stands for its
-  .arrow files. Raises BadInput when there is nothing to read.
+  A pattern is a glob (** crosses folders), a file, or a folder, which stands for the text and source files under it,
+  also behind links: .jsonl and .parquet may be anything there, so they are named by globs; but a folder of
+  `save_to_disk` stands for its .arrow files. Raises BadInput when there is nothing to read.
   """
   files, others, seen = [], collections.Counter(), set()
   for number, pattern in enumerate(patterns):
@@ -98,7 +99,7 @@ def _matches(pattern: str) -> Iterator[str]:
         folders.clear()
         continue
       seen.add(real)
-      folders[:] = sorted(name for name in folders if not name.startswith('.') and name != '__pycache__')
+      folders[:] = sorted(name for name in folders if not name.startswith('.') and name not in _LEFT_OUT)
       paths = (os.path.join(folder, name) for name in names if not name.startswith('.'))
       yield from (path for path in paths if os.path.isfile(path))  # and no link to what is not there
   elif os.path.isfile(pattern):  # its name may look like a glob

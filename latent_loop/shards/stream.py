@@ -78,7 +78,7 @@ class Stream:
 def _most_open() -> int | None:
   """Readers that a stream keeps; a process has a stream for each split of each path."""
   limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-  return None if limit == resource.RLIM_INFINITY else max(limit // 8, 1)
+  return None if limit == resource.RLIM_INFINITY else max(limit // 32, 1)
 
 
 def _check_description(path: Path, shard: Shard) -> None:
