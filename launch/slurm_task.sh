@@ -9,9 +9,20 @@ shift
 "$@" &
 child=$!
 # SLURM signals this shell, and the command or not, as the cluster is set up.
-trap 'kill -TERM "$child"' TERM
-trap 'kill -USR1 "$child"' USR1
-while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ended the wait, not the command
+asked=
+trap 'asked=1; kill -TERM "$child" 2>/dev/null' TERM
+trap 'asked=1; kill -USR1 "$child" 2>/dev/null' USR1
+wait "$child"
+code=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the command
+  wait "$child"
+  code=$?
+done
+if [ -n "$asked" ]; then # one that ended right after the signal has not said its code yet; 127: it has
+  wait "$child" 2>/dev/null
+  again=$?
+  [ "$again" -eq 127 ] || code=$again
+fi
 case $code in
   1 | 2 | 11 | 13) echo "$code" >>"$file" ;;
 esac
