@@ -316,9 +316,9 @@ def evaluate(this: Run, step: int) -> dict[str, Any]:
 def report(this: Run, stop: StopRequest, group: Group | Alone) -> int:
   """Evaluates and writes once all steps are saved, or leaves it to another start when a signal comes; an exit code."""
   try:
-    stop.at_once = jax.process_count() == 1  # of many, the others would wait in a collective
     if group.agree(stop.signaled):  # and not a time limit, which every start with nothing left to do might reach
       raise Stopped
+    stop.at_once = jax.process_count() == 1  # of many, the others would wait in a collective
     finish(this)
     stop.at_once = False
   except Stopped:

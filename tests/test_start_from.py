@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from latent_loop import loop, start_from, trained
-from latent_loop.checkpoint import Checkpoints, manifest
+from latent_loop.checkpoint import Checkpoints, folder, manifest
 from latent_loop.config import Config
 from latent_loop.errors import BadInput
 from latent_loop.interop import to_hf
@@ -65,6 +65,19 @@ def test_a_kill_ahead_of_the_manifest_of_step_0_is_made_up_for(source, tmp_path,
   assert {'0', '0.unfinished'} <= left
   start_from.begin(config_of(), tmp_path / 'new', path)
   assert_same_bits(jax.device_get(trained.load(tmp_path / 'new').params), params)
+
+
+def test_two_that_begin_at_once_do_not_remove_each_other_s_first_save(source, tmp_path, monkeypatch):
+  open_workdir(tmp_path / 'new', config_of())
+  (tmp_path / 'new/checkpoints').mkdir()
+  (tmp_path / 'new/checkpoints/0.unfinished').touch()
+  monkeypatch.setattr(folder, 'PATIENCE_SECS', 0.0)
+  other = folder.Folder(tmp_path / 'new')
+  other.claim()
+  with pytest.raises(BadInput, match='another process trains here'):
+    start_from.begin(config_of(), tmp_path / 'new', source[0])
+  other.release()
+  assert [file.name for file in (tmp_path / 'new/checkpoints').iterdir()] == ['0.unfinished']
 
 
 def test_a_checkpoint_of_the_reference_is_a_beginning_too(source, tmp_path):
